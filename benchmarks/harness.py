@@ -1,0 +1,247 @@
+"""Runs benchmark cases: verifies, then times, and writes rows that say where they come from.
+
+- A provider whose result is not the reference's, in float64, gets no time.
+- Providers take turns, in a new order each round, so that a change of clock or a busy neighbour
+  meets all of them. Ratios are taken within a round.
+- Inputs rotate through more memory than the caches have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .machine import copy_gb_per_s, stamp, wait
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OURS = "fcos_ext"
+#: Inputs rotate through this much memory, or ``MAX_ROTATION`` sets of them.
+ROTATED_BYTES, MAX_ROTATION = 128 << 20, 8
+
+Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line-up. Nothing is computed before it runs."""
+
+    settings: dict[str, Any]
+    """What tells it from the others: "mode", "shape", "dtype", "threads", ..."""
+    device: torch.device
+    make_inputs: Callable[[int], tuple[Any, ...]]
+    """Arguments for the providers from a seed; always of the same size."""
+    providers: dict[str, Callable[..., Results]]
+    """What is compared, ours under the name ``OURS``."""
+    reference: Callable[..., Results]
+    """The truth, in float64, from the same arguments."""
+    tolerance: float
+    """Highest relative error, in the L2 norm, of each result."""
+    bytes_moved: int
+    """What must at least be read and written."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return ", ".join(f"{key} {value}" for key, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    rounds: int
+    sample_seconds: float
+    """A provider is called for about this long each time it has its turn."""
+
+
+FULL = Effort(rounds=15, sample_seconds=0.1)
+QUICK = Effort(rounds=3, sample_seconds=0.005)
+
+
+def relative_errors(actual: Results, truth: Results) -> list[float]:
+    """|actual - truth| / |truth| of each result, in float64; infinite if not finite."""
+    errors = []
+    for ours, exact in zip(actual, truth, strict=True):
+        if ours.shape != exact.shape or not ours.isfinite().all():
+            errors.append(float("inf"))
+            continue
+        difference = torch.linalg.vector_norm(ours.detach().double() - exact)
+        errors.append((difference / torch.linalg.vector_norm(exact)).item())
+    return errors
+
+
+def run_case(case: Case, effort: Effort) -> list[dict[str, Any]]:
+    """A row for each provider; one with ``"refused"`` and no time where the result is wrong."""
+    threads_before = torch.get_num_threads()
+    if case.device.type == "cpu":
+        torch.set_num_threads(case.settings["threads"])
+    torch._dynamo.reset()  # what was compiled for another number of threads
+    try:
+        inputs = _rotation(case)
+        rows = {name: verify(case, name, inputs[0]) for name in case.providers}
+        timed = [name for name, row in rows.items() if "refused" not in row]
+        for name in timed:
+            rows[name]["peak_extra_bytes"] = peak_extra_bytes(case, name, inputs[0])
+        samples = _sample(case, timed, itertools.cycle(inputs), effort)
+    finally:
+        torch.set_num_threads(threads_before)
+    for name in timed:
+        rows[name] |= _summary(samples[name], samples.get(OURS))
+        rows[name]["gb_per_s"] = case.bytes_moved / rows[name]["median_ms"] / 1e6
+    return list(rows.values())
+
+
+def _rotation(case: Case) -> list[tuple[Any, ...]]:
+    first = case.make_inputs(0)
+    size = sum(x.nbytes for x in first if isinstance(x, Tensor))
+    count = min(MAX_ROTATION, max(1, -(-ROTATED_BYTES // max(size, 1))))
+    return [first, *(case.make_inputs(seed) for seed in range(1, count))]
+
+
+def verify(case: Case, name: str, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """A row with the errors of a provider, and, if they are too large, ``"refused"``."""
+    start = time.perf_counter()
+    results = case.providers[name](*inputs)
+    wait(case.device)
+    row = case.settings | {"provider": name, "first_call_ms": (time.perf_counter() - start) * 1e3}
+    row["errors"] = relative_errors(results, case.reference(*inputs))
+    if not all(error <= case.tolerance for error in row["errors"]):
+        worst = max(row["errors"])
+        row["refused"] = f"wrong result: relative error {worst:.1e}, limit {case.tolerance:.0e}"
+    return row
+
+
+def _sample(
+    case: Case, names: Sequence[str], inputs: Iterator[tuple[Any, ...]], effort: Effort
+) -> dict[str, list[float]]:
+    """Seconds of one call in each round, by provider."""
+    calls = {}
+    for name in names:
+        _seconds(case, name, inputs, 2)
+        once = _seconds(case, name, inputs, 1)
+        calls[name] = max(1, round(effort.sample_seconds / max(once, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffle = list(names), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(effort.rounds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(_seconds(case, name, inputs, calls[name]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _seconds(case: Case, name: str, inputs: Iterator[tuple[Any, ...]], calls: int) -> float:
+    provider = case.providers[name]
+    wait(case.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        provider(*next(inputs))
+    wait(case.device)
+    return (time.perf_counter() - start) / calls
+
+
+def _summary(seconds: list[float], ours: list[float] | None) -> dict[str, float]:
+    low, *_, high = statistics.quantiles(seconds, n=5)
+    row = {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "low_ms": low * 1e3,
+        "high_ms": high * 1e3,
+        "rounds": len(seconds),
+    }
+    if ours is not None:
+        ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
+        row["ratio_to_ours"] = statistics.median(ratios)
+    return row
+
+
+def peak_extra_bytes(case: Case, name: str, inputs: tuple[Any, ...]) -> int:
+    """Most memory that a call holds at a time beyond its inputs, results included."""
+    provider = case.providers[name]
+    if case.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
+        results = provider(*inputs)
+        wait(case.device)
+        del results
+        return torch.cuda.max_memory_allocated(case.device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        results = provider(*inputs)
+        del results
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def print_rows(case: Case, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"\n{case.name}")
+    for row in rows:
+        if refused := row.get("refused"):
+            print(f"  {row['provider']:<28} {refused}")
+            continue
+        spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
+        line = f"  {row['provider']:<28} {row['median_ms']:9.3f} ms  ({spread})"
+        if "ratio_to_ours" in row:
+            line += f"  {row['ratio_to_ours']:6.2f} x ours"
+        line += f"  {row['peak_extra_bytes'] / 2**20:8.1f} MiB  error {max(row['errors']):.0e}"
+        print(line, flush=True)
+
+
+def main(
+    op: str,
+    make_cases: Callable[[torch.device, bool], Sequence[Case]],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command line of a benchmark. Returns 1 if a result was wrong, else 0.
+
+    Args:
+        op: name of what is measured, and of the file of results.
+        make_cases: from the device, and whether the run is to be quick.
+        arguments: None: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{op}")
+    parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file of rows; without --quick benchmarks/results/..."
+    )
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    output: Path | None = options.output
+    if output is None and not options.quick:
+        output = RESULTS / f"{op}-{device.type}.json"
+
+    where = stamp(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    cases = make_cases(device, options.quick)
+    ceilings = {
+        threads: copy_gb_per_s(device, threads)
+        for threads in {case.settings.get("threads") for case in cases}
+    }
+    rows = []
+    for case in cases:
+        case_rows = run_case(case, QUICK if options.quick else FULL)
+        print_rows(case, case_rows)
+        ceiling = ceilings[case.settings.get("threads")]
+        rows += [{"op": op} | row | {"copy_gb_per_s": ceiling} | where for row in case_rows]
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"\n{len(rows)} rows in {output}")
+    return int(any("refused" in row for row in rows))

@@ -1,0 +1,83 @@
+"""What a benchmark runs on: rows of results say so, and measure themselves against its memory."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_COPIED_BYTES = 128 << 20
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_gb_per_s(device: torch.device, threads: int | None) -> float:
+    """What a copy of a large tensor reaches, reads and writes together: the ceiling."""
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    source = torch.zeros(_COPIED_BYTES // 4, device=device)
+    target = torch.ones_like(source)
+    seconds = []
+    for _ in range(9):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """Where and when rows were measured, and with what."""
+    from fcos_ext import _library
+
+    values: dict[str, Any] = {
+        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),  # of other work on the machine
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if device.type == "cpu":
+        if _library.missing["cpu"] is None:
+            from fcos_ext import _host
+
+            values["instruction_set"] = _host.cpu_isa()
+    else:
+        values["cuda"] = torch.version.cuda
+        values["build"] = _library.build_info().get("cuda")
+    return values
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str:
+    """Short hash, with a + if files differ from it; empty outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()

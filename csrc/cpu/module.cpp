@@ -1,0 +1,3 @@
+#include "../module.h"
+
+FCOS_EMPTY_MODULE(_C)

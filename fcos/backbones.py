@@ -1,0 +1,156 @@
+"""The trunk: ResNets of torchvision, their ImageNet weights, and the feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
+
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from .checkpoint import CheckpointError, read_plain
+from .config import ConfigError, ModelConfig
+
+Norm = Callable[[int], nn.Module]
+
+# The stages in the order in which they can be frozen.
+STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+def build_backbone(config: ModelConfig, pretrained: bool) -> BackboneWithFPN:
+    """The configured trunk with a feature pyramid on C3, C4 and C5.
+
+    Args:
+        config: which trunk, which weights, what is frozen.
+        pretrained: load ``config.backbone_weights``.
+
+    Raises:
+        ConfigError: the weights cannot be had, or do not fit.
+    """
+    norm: Norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    if config.backbone == "resnet10_half":
+        trunk: ResNet10Half | ResNet = ResNet10Half(norm)
+        c5 = 256
+    else:
+        trunk = get_model(config.backbone, weights=None, norm_layer=norm)
+        c5 = trunk.fc.in_features
+    if pretrained and config.backbone_weights != "none":
+        _load_weights(trunk, config)
+    for stage in STAGES[: config.frozen_stages]:
+        for name in stage:
+            trunk.get_submodule(name).requires_grad_(False)
+    return BackboneWithFPN(
+        trunk,
+        return_layers={"layer2": "p3", "layer3": "p4", "layer4": "p5"},
+        in_channels_list=[c5 // 4, c5 // 2, c5],
+        out_channels=config.fpn_channels,
+        # the pyramid's own default would append a pooled level
+        extra_blocks=ExtraLevels(config.fpn_channels, len(config.strides) - 3),
+    )
+
+
+class ResNet10Half(nn.Sequential):
+    """ResNet-18's plan with one block a stage and half the channels, for training on a CPU.
+
+    A seventh of its arithmetic. He et al., https://arxiv.org/abs/1512.03385.
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        self.bn1 = norm(32)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(32, 32, 1, norm)
+        self.layer2 = _stage(32, 64, 2, norm)
+        self.layer3 = _stage(64, 128, 2, norm)
+        self.layer4 = _stage(128, 256, 2, norm)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _stage(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+    return BasicBlock(inputs, outputs, stride, shortcut, norm_layer=norm)
+
+
+class ExtraLevels(ExtraFPNBlock):
+    """Coarser levels on top of P5: P6 = conv(P5), P7 = conv(relu(P6)), and so on, each stride 2."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.names = [f"p{6 + level}" for level in range(levels)]
+        for name in self.names:
+            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            self.add_module(name, conv)
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        for i, name in enumerate(self.names):
+            last = results[-1]
+            results.append(self.get_submodule(name)(last if i == 0 else last.relu()))
+            names.append(name)
+        return results, names
+
+
+def _load_weights(trunk: nn.Module, config: ModelConfig) -> None:
+    if config.backbone_weights == "imagenet":
+        state = _imagenet_weights(config.backbone)
+    else:
+        state = _weights_from_file(Path(config.backbone_weights))
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    try:
+        missing, unexpected = trunk.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a shape differs
+        raise ConfigError(
+            f"backbone weights {config.backbone_weights}: do not fit {config.backbone}: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+    missing = [k for k in missing if not k.startswith("fc.") and "num_batches_tracked" not in k]
+    unexpected = [k for k in unexpected if "num_batches_tracked" not in k]
+    if missing or unexpected:
+        raise ConfigError(
+            f"backbone weights {config.backbone_weights}: not a state dict of torchvision's "
+            f"{config.backbone}; missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+
+
+def _imagenet_weights(backbone: str) -> dict[str, Tensor]:
+    if backbone == "resnet10_half":
+        raise ConfigError(
+            f"model.backbone {backbone} has no ImageNet weights: set model.backbone_weights to "
+            "none or to a file"
+        )
+    weights = list(get_model_weights(backbone))
+    # The first set published, whose results the detectors of the literature start from.
+    first = next((w for w in weights if w.name == "IMAGENET1K_V1"), weights[0])
+    try:
+        state: dict[str, Tensor] = first.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"the ImageNet weights of {backbone} could not be downloaded ({error}). Without a "
+            f"connection, fetch {first.url} elsewhere and set model.backbone_weights to that "
+            "file, or set it to none to train from scratch"
+        ) from error
+    return state
+
+
+def _weights_from_file(path: Path) -> dict[str, Tensor]:
+    try:
+        state = read_plain(path)
+    except CheckpointError as error:
+        raise ConfigError(f"backbone weights {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f"backbone weights {path}: must be a state dict, names to tensors")
+    return state

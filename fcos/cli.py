@@ -1,0 +1,315 @@
+"""The ``fcos`` command. Options are the fields of dataclasses; their text is the help."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from . import __version__
+from .config import Config, ConfigError, load_yaml
+from .presets import PRESETS
+
+# Torch takes over a second to import, so that each command imports it for itself.
+
+USAGE = f"""fcos {__version__}: anchor-free object detection
+
+usage: fcos COMMAND [options]; fcos COMMAND --help
+
+  train     train a detector
+  eval      measure a checkpoint on annotated images
+  predict   draw detections on images and videos
+  env       what is installed, what is missing and why
+"""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure a checkpoint on annotated images: COCO's 12 numbers and a table by class."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """File that fcos train wrote, such as runs/NAME/best.pt."""
+    annotations: Path | None = None
+    """COCO JSON. None: the validation annotations of the training run."""
+    images: Path | None = None
+    """Folder of the images. None: "images" beside the JSON, or the JSON's own folder."""
+    output: Path | None = None
+    """Folder for evaluation.json, detections.json and pictures. None: only the table."""
+    batch_size: int = 8
+    """Images at a time."""
+    device: str = "auto"
+    """"auto", or as torch names it."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Draw detections on images and videos, and write them to a JSON file."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """File that fcos train wrote, such as runs/NAME/best.pt."""
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Images, videos, folders, or patterns in quotes such as "shots/*.jpg"."""
+    output: Path = Path("predictions")
+    """Folder for the drawn copies and detections.json."""
+    score_threshold: float = 0.5
+    """Detections with a lower score are left out."""
+    batch_size: int = 4
+    """Images at a time."""
+    device: str = "auto"
+    """"auto", or as torch names it."""
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Show what is installed, what is missing and why."""
+
+    json: bool = False
+    """As JSON, for a bug report or a program."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code; errors of the user's go to stderr in one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name}{hint}")
+    try:
+        if name != "env" and not {"-h", "--help"} & set(rest):
+            _check_torchvision()
+        return COMMANDS[name](rest)
+    except ConfigError as error:
+        return _fail(str(error))
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, _user_errors()):
+            return _fail(str(error))
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("fcos: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _check_torchvision() -> None:
+    """Raises ConfigError unless torchvision can be used with the installed torch."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"torchvision cannot be used ({error}). Install the one that belongs to torch "
+            f"{torch.__version__}, from where that torch came: "
+            "https://github.com/pytorch/vision#installation has the table"
+        ) from error
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a person can mend: reported without a traceback."""
+    from .checkpoint import CheckpointError
+    from .data.annotations import AnnotationError
+    from .data.images import ImageError
+    from .evaluate import EvaluationError
+    from .recorder import NonFiniteLossError
+    from .sources import SourceError
+
+    return (
+        CheckpointError,
+        AnnotationError,
+        ImageError,
+        NonFiniteLossError,
+        EvaluationError,
+        SourceError,
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"fcos: {message}", file=sys.stderr)
+    return 2
+
+
+def _train(arguments: list[str]) -> int:
+    name, config, resume = parse_train(arguments)
+    from .distributed import start_process, stop_process
+    from .engine import train
+    from .interrupt import Interrupted
+
+    process = start_process(config.train.device)
+    try:
+        folder = train(config, process, name, resume)
+    except Interrupted as interruption:
+        if process.is_main:
+            print(f"fcos: {interruption}", file=sys.stderr)
+        return interruption.exit_code
+    finally:
+        stop_process()
+    if process.is_main:
+        best = folder / "best.pt"
+        kept = best if best.exists() else folder / "last.pt"
+        print(f"done. Next: fcos predict {kept} YOUR_IMAGES")
+    return 0
+
+
+def parse_train(arguments: list[str]) -> tuple[str, Config, Path | None]:
+    """``[PRESET] [--config FILE | --resume RUN] [options]`` to a name, settings, and the run.
+
+    Options are applied on top of the preset, the file, or the settings of the run. Exits with
+    tyro's message (and its suggestions) if one of them is unknown or malformed.
+    """
+    arguments = list(arguments)
+    config_file, resume = _take(arguments, "--config"), _take(arguments, "--resume")
+    preset = None
+    if arguments and not arguments[0].startswith("-"):
+        preset = arguments.pop(0)
+        if preset not in PRESETS:
+            near = difflib.get_close_matches(preset, PRESETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown preset {preset}; known are {', '.join(PRESETS)}{hint}")
+    if sum(x is not None for x in (preset, config_file, resume)) > 1:
+        raise ConfigError("train takes one of a preset, --config and --resume, not several")
+    if resume is not None:
+        from .checkpoint import load_checkpoint
+
+        default = load_checkpoint(Path(resume) / "last.pt")["config"]
+        name, described = Path(resume).name, f"--resume {resume}"
+    elif config_file is not None:
+        default, name, described = load_yaml(Path(config_file)), Path(config_file).stem, config_file
+    else:
+        name = described = preset or "improved"
+        default = PRESETS[name]()
+    config = tyro.cli(
+        Config,
+        prog=f"fcos train {described}",
+        description=(
+            f"Train a detector: fcos train [{'|'.join(PRESETS)} | --config FILE | --resume RUN] "
+            f"[options]. Defaults shown are those of {described}."
+        ),
+        default=default,
+        args=arguments,
+    )
+    return name, config, Path(resume) if resume is not None else None
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove ``option VALUE`` or ``option=VALUE`` from the arguments. Returns the value."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(option + "="):
+            del arguments[i]
+            return argument.split("=", 1)[1]
+        if argument == option:
+            if i + 1 == len(arguments):
+                raise ConfigError(f"{option} needs a value")
+            value = arguments[i + 1]
+            del arguments[i : i + 2]
+            return value
+    return None
+
+
+def _eval(arguments: list[str]) -> int:
+    options = tyro.cli(EvalOptions, prog="fcos eval", args=arguments)
+    _check_batch_size(options.batch_size)
+    import json
+
+    from rich.console import Console
+
+    from . import load, report
+    from .data.coco import CocoDataset
+    from .data.transforms import eval_transforms
+    from .distributed import start_process, stop_process
+    from .evaluate import evaluate_coco
+    from .inference import detect_dataset
+
+    process = start_process(options.device)
+    try:
+        predictor = load(options.checkpoint, str(process.device))
+        config = predictor.config
+        annotations, images = options.annotations, options.images
+        if annotations is None:
+            annotations, images = config.data.val_annotations, images or config.data.val_images
+        if annotations is None:
+            raise ConfigError(
+                f"{options.checkpoint}: was trained without validation annotations; give "
+                "--annotations"
+            )
+        dataset = CocoDataset(annotations, images, eval_transforms(config.data))
+        if dataset.class_names != predictor.class_names:
+            raise ConfigError(
+                f"{annotations} has the categories {', '.join(dataset.class_names)}, but "
+                f"{options.checkpoint} was trained on {', '.join(predictor.class_names)}"
+            )
+        results = detect_dataset(predictor.network, dataset, config, process, options.batch_size)
+        if not process.is_main:
+            return 0
+        metrics = evaluate_coco(annotations, results, image_ids=dataset.image_ids)
+        Console().print(metrics.table())
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            report.write_evaluation(options.output, metrics, results, dataset, annotations)
+            (options.output / "detections.json").write_text(json.dumps(results))
+            print(f"written to {options.output}")
+    finally:
+        stop_process()
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    options = tyro.cli(PredictOptions, prog="fcos predict", args=arguments)
+    from . import load
+    from .distributed import choose_device
+    from .predict_files import predict_files
+
+    _check_batch_size(options.batch_size)
+    if not options.sources:
+        raise ConfigError("predict needs at least one image, video, folder or pattern")
+    result = predict_files(
+        load(options.checkpoint, str(choose_device(options.device))),
+        options.sources,
+        options.output,
+        score_threshold=options.score_threshold,
+        batch_size=options.batch_size,
+        report=print,
+    )
+    return result.exit_code
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be >= 1, got {batch_size}")
+
+
+def _env(arguments: list[str]) -> int:
+    options = tyro.cli(EnvOptions, prog="fcos env", args=arguments)
+    import json
+
+    from rich.console import Console
+
+    from .environment import environment, environment_table
+
+    if options.json:
+        print(json.dumps(environment(), indent=2))
+    else:
+        Console().print(environment_table())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "env": _env,
+}

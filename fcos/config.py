@@ -1,0 +1,294 @@
+"""Every setting of the detector, its data and its training, as plain frozen dataclasses.
+
+The text under a field is its documentation and its ``--help``. A run folder holds the resolved
+settings as ``config.yaml``; a checkpoint holds them too, so that it is enough to predict with.
+This module imports neither torch nor anything heavy: the command line starts from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Backbone = Literal[
+    "resnet10_half",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, and what its locations are trained to predict."""
+
+    num_classes: int | None = None
+    """Object classes, without background. None: as many as the training annotations have."""
+    backbone: Backbone = "resnet50"
+    """ResNet or ResNeXt of torchvision; resnet10_half is a small one for CPUs."""
+    backbone_weights: str = "imagenet"
+    """"imagenet" (torchvision's, downloaded once), "none", or the path of a state dict."""
+    frozen_batch_norm: bool = True
+    """Batch norm as a fixed scale and shift; False trains it (for training from scratch)."""
+    frozen_stages: int = 2
+    """Backbone stages that are not trained: 0 none, 1 the stem, 2 the stem and layer1, 5 all."""
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Stride of each feature level in pixels: P3, P4, P5 and one more for each extra level."""
+    size_ranges: tuple[tuple[float, float], ...] = (
+        (0, 64),
+        (64, 128),
+        (128, 256),
+        (256, 512),
+        (512, math.inf),
+    )
+    """Per level, the range in pixels that max(l, t, r, b) must fall into."""
+    boundary: Literal["inclusive", "strict", "half_open"] = "inclusive"
+    """Whether a size range contains its ends: both, neither, or only the lower one."""
+    center_sampling_radius: float = 1.5
+    """Positives lie within radius * stride of the box centre; 0: anywhere inside the box."""
+    fpn_channels: int = 256
+    """Channels of the feature pyramid and of the head."""
+    tower_convs: int = 4
+    """3x3 convolutions in each of the head's two towers."""
+    activation: Literal["exp", "relu"] = "relu"
+    """Makes the predicted distances non-negative."""
+    normalize_ltrb: bool = True
+    """Predict distances in units of the level's stride instead of pixels."""
+    trainable_scales: bool = True
+    """One trainable factor a level on the box branch, before the activation."""
+    centerness_branch: Literal["cls", "box"] = "box"
+    """The tower that the centerness is predicted from."""
+    prior_probability: float = 0.01
+    """Class score of every location before training."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The training loss: focal + box + centerness, each with weight 1."""
+
+    focal_alpha: float = 0.25
+    """Weight of a positive in the focal loss; a negative has 1 - alpha."""
+    focal_gamma: float = 2.0
+    """Focusing exponent of the focal loss."""
+    box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
+    """Overlap loss between predicted and true box."""
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """From the network's outputs to detections."""
+
+    score_threshold: float = 0.05
+    """Class scores up to this one are dropped, before they meet the centerness."""
+    topk_candidates: int = 1000
+    """Best candidates kept per level and image."""
+    iou_threshold: float = 0.6
+    """Of two boxes of one class that overlap by more, the lower-scored one is dropped."""
+    max_detections: int = 100
+    """Best detections kept per image."""
+    score: Literal["sqrt", "product"] = "sqrt"
+    """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, annotations and how they are presented to the network."""
+
+    train_annotations: Path | None = None
+    """COCO JSON of the training images."""
+    train_images: Path | None = None
+    """Folder that the training file names are relative to. None: "images" beside the JSON,
+    or the JSON's own folder."""
+    val_annotations: Path | None = None
+    """COCO JSON to evaluate on. None: training runs without evaluation."""
+    val_images: Path | None = None
+    """Folder of the validation images; None as for train_images."""
+    min_sizes: tuple[int, ...] = (800,)
+    """Shorter side in pixels after resizing. Training draws one of these for each image;
+    evaluation uses the last."""
+    max_size: int = 1333
+    """The longer side is never resized beyond this."""
+    flip_probability: float = 0.5
+    """Chance of a horizontal flip in training."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue in training."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB values in 0..1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides them afterwards."""
+    workers: int = 4
+    """Loader processes per training process; 0 loads in the training process itself."""
+    group_by_aspect_ratio: bool = True
+    """Fill a batch with images that are all upright or all wide, which saves padding."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    output: Path | None = None
+    """Run folder. None: runs/<preset>-<date>-<time>."""
+    iterations: int = 90_000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Images a step, over all processes and accumulation steps together."""
+    accumulation: int = 1
+    """Split each step's images into this many forward and backward passes, to save memory.
+    The normalisers are shared, so the result is that of one pass."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum is the paper's; AdamW learns faster from scratch on little data."""
+    learning_rate: float = 0.01
+    """Peak learning rate, for the batch size above."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On weights of convolutions; norms, biases and scales have none."""
+    warmup_iterations: int = 500
+    """Steps before the learning rate reaches its peak."""
+    warmup: Literal["constant", "linear"] = "constant"
+    """Constant at, or linearly up from, warmup_factor times the peak."""
+    warmup_factor: float = 1 / 3
+    """See warmup."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Divide by ten at each milestone, or fall to zero along half a cosine."""
+    milestones: tuple[float, ...] = (60_000 / 90_000, 80_000 / 90_000)
+    """Fractions of the iterations at which "step" divides the learning rate by ten."""
+    clip_gradient_norm: float = 0.0
+    """Scale the gradient down to this global norm; 0: never."""
+    ema_decay: float = 0.0
+    """Evaluate and keep a moving average of the weights, with this decay; 0: the weights."""
+    amp: Literal["none", "bf16"] = "none"
+    """bf16: run the network under bfloat16 autocast. Losses are float32 either way."""
+    compile: bool = False
+    """torch.compile the network."""
+    channels_last: bool = False
+    """Keep images and convolution weights in channels_last memory format."""
+    eval_every: int = 5_000
+    """Evaluate and save after this many iterations, and at the end."""
+    log_every: int = 20
+    """Iterations between two lines of metrics.csv."""
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+    device: str = "auto"
+    """"auto": the GPU if there is one; else as torch names it: "cpu", "cuda", "cuda:1", "mps"."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: its own choice."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Settings as nested dicts of plain values, for YAML and checkpoints."""
+    return {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(data: Any, source: str, cls: type = Config, path: str = "") -> Any:
+    """The inverse of :func:`to_dict`. Settings that are not given keep their default.
+
+    Args:
+        data: nested dicts.
+        source: where they come from, for the messages.
+
+    Raises:
+        ConfigError: a name is unknown (with the nearest known one), or a value has another type.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: {path or 'the settings'} must be a mapping, got {data!r}")
+    types = typing.get_type_hints(cls)
+    values = {}
+    for name, value in data.items():
+        full_name = f"{path}.{name}" if path else str(name)
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(types)}"
+            raise ConfigError(f"{source}: unknown setting {full_name}{hint}")
+        kind = types[name]
+        if dataclasses.is_dataclass(kind):
+            values[name] = from_dict(value, source, typing.cast(type, kind), full_name)
+        else:
+            try:
+                values[name] = _convert(value, kind)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{source}: {full_name} must be {_describe(kind)}, got {value!r}"
+                ) from error
+    return cls(**values)
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Write all settings."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load_yaml(path: Path) -> Config:
+    """Read settings; those not in the file keep their default. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    config: Config = from_dict({} if data is None else data, str(path))
+    return config
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_to_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value``, as YAML gave it, as the type ``kind``. Raises TypeError or ValueError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(v, arguments[0]) for v in value)
+        return tuple(_convert(v, k) for v, k in zip(value, arguments, strict=True))
+    if type(None) in arguments:  # X | None
+        return None if value is None else _convert(value, arguments[0])
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    # YAML takes 1e-3, without a point, for text
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:  # exactly: a bool is an int to isinstance
+        raise TypeError
+    return value
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

@@ -1,0 +1,117 @@
+"""The training loss of a batch: focal + box + centerness.
+
+Targets depend on the ground truth and the image size alone, so they are made before the network
+runs. That lets a step that is split over processes and over accumulation passes share its
+normalisers, and have the same result as one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import fcos_ext
+from fcos_ext.assign_targets import AssignedTargets
+
+from .config import LossConfig, ModelConfig
+from .data.batches import Batch
+from .locations import feature_sizes
+from .model import Predictions
+
+
+class Normalizers(NamedTuple):
+    """What the sums are divided by: sums over a step's passes and processes, 0-d float32."""
+
+    num_pos: Tensor
+    """Positive locations."""
+    centerness: Tensor
+    """Sum of their centerness targets."""
+
+
+def assign_batch(batch: Batch, config: ModelConfig) -> AssignedTargets:
+    """What each location of the batch is to learn; see :func:`fcos_ext.assign_targets`."""
+    height, width = batch.images.shape[-2:]
+    return fcos_ext.assign_targets(
+        batch.boxes,
+        batch.labels,
+        batch.offsets,
+        feature_sizes=feature_sizes((height, width), config.strides),
+        strides=config.strides,
+        size_ranges=config.size_ranges,
+        center_sampling_radius=config.center_sampling_radius,
+        boundary=config.boundary,
+        normalize=config.normalize_ltrb,
+    )
+
+
+def step_normalizers(targets: Sequence[AssignedTargets]) -> Normalizers:
+    """Normalisers of an optimiser step whose passes have these targets.
+
+    Every process calls this once a step, positives or not.
+    """
+    sums = torch.stack(
+        [
+            torch.stack([t.num_pos.sum().float() for t in targets]).sum(),
+            torch.stack([t.centerness.sum() for t in targets]).sum(),
+        ]
+    )
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return Normalizers(sums[0], sums[1])
+
+
+def fcos_losses(
+    predictions: Predictions,
+    targets: AssignedTargets,
+    normalizers: Normalizers,
+    config: LossConfig,
+) -> dict[str, Tensor]:
+    """The three loss terms of one pass; those of a step's passes and processes add up.
+
+    Args:
+        predictions: outputs of the network.
+        targets: see :func:`assign_batch`.
+        normalizers: see :func:`step_normalizers`.
+        config: kinds and parameters.
+
+    Returns:
+        "cls": focal loss of all logits, divided by the number of positives; "box": overlap loss
+        of the positives, weighted by their centerness targets and divided by their sum;
+        "centerness": binary cross-entropy of the positives, divided by their number. Each a 0-d
+        float32 tensor, also if there are no positives at all. The third does not approach 0: the
+        cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
+    """
+    logits = _flatten(predictions.logits)
+    ltrb = _flatten(predictions.ltrb).float()
+    centerness = _flatten(predictions.centerness).squeeze(-1).float()
+    positive = targets.labels >= 0
+
+    cls = fcos_ext.sigmoid_focal_loss(
+        logits,
+        targets.labels,
+        config.focal_alpha,
+        config.focal_gamma,
+        normalizer=normalizers.num_pos,
+    )
+    box = fcos_ext.iou_loss(
+        ltrb,
+        targets.ltrb,
+        targets.centerness,
+        labels=targets.labels,
+        kind=config.box_loss,
+        normalizer=normalizers.centerness,
+    )
+    bce = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")
+    # not a product: a background location must not turn a non-finite value into NaN
+    bce = torch.where(positive, bce, torch.zeros_like(bce)).sum()
+    return {"cls": cls, "box": box, "centerness": bce / normalizers.num_pos.clamp(min=1)}
+
+
+def _flatten(levels: Sequence[Tensor]) -> Tensor:
+    """Tensor[N, K, H_l, W_l] of each level to Tensor[N, L, K], in the order of the targets."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)

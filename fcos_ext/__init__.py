@@ -1,0 +1,35 @@
+"""CUDA and CPU kernels for dense one-stage object detectors.
+
+Every operator has a plain-PyTorch reference of the same signature, ``<op>_ref``: the
+specification, the fallback where no kernel was built, and the baseline of the benchmarks.
+"""
+
+from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from .iou_loss import iou_loss, iou_loss_ref
+from .nms import (
+    PaddedKeep,
+    batched_nms,
+    batched_nms_ref,
+    nms,
+    nms_ref,
+    padded_batched_nms,
+    padded_batched_nms_ref,
+)
+from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
+
+__all__ = [
+    "AssignedTargets",
+    "PaddedKeep",
+    "assign_targets",
+    "assign_targets_ref",
+    "batched_nms",
+    "batched_nms_ref",
+    "iou_loss",
+    "iou_loss_ref",
+    "nms",
+    "nms_ref",
+    "padded_batched_nms",
+    "padded_batched_nms_ref",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_ref",
+]

@@ -1,0 +1,254 @@
+"""IoU, GIoU, DIoU and CIoU losses on distances (l, t, r, b) to the sides of a box."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+IoUKind = Literal["iou", "linear_iou", "giou", "diou", "ciou"]
+Reduction = Literal["none", "mean", "sum"]
+
+IOU_FLOOR = 1e-6
+"""``-log(iou)`` is taken of at least this, so that the loss of disjoint boxes is 13.8, not inf."""
+NORMALIZER_FLOOR = 1e-6
+"""A sum of centerness may be well below 1, hence a floor that only keeps 0 out of the division."""
+
+
+def iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    kind: IoUKind = "giou",
+    reduction: Reduction = "sum",
+    normalizer: Tensor | None = None,
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Overlap loss between boxes given as distances from one common location.
+
+    A location (x, y) with distances (l, t, r, b) stands for the box (x - l, y - t, x + r, y + b).
+    Because both boxes of a row share their location, it cancels, and so does the unit: pixels or
+    strides give the same loss (up to ``smooth`` and ``eps``). With sides and products of sides::
+
+        w = max(l + r, 0)                       h = max(t + b, 0)            (each box; A, B = w h)
+        I = max(min l + min r, 0) * max(min t + min b, 0)                    intersection
+        U = A + B - I                                                        union
+        C = max(max l + max r, 0) * max(max t + max b, 0)                    enclosing box, cw * ch
+        iou = (I + smooth) / (U + smooth + eps)
+
+        iou         -log(max(iou, 1e-6))                     UnitBox, arXiv 1608.01471
+        linear_iou  1 - iou
+        giou        1 - iou + (C - U) / (C + eps)            arXiv 1902.09630
+        diou        1 - iou + d2 / (cw^2 + ch^2 + eps)       arXiv 1911.08287, d2: squared
+                                                             distance of the two centres
+        ciou        diou + alpha v                           same paper, with
+                    v = 4 / pi^2 (atan(w_target / h_target) - atan(w_pred / h_pred))^2
+                    alpha = v / (1 - iou + v + eps)          without gradient, as the paper says
+
+    ``giou``, ``diou`` and ``ciou`` equal torchvision's losses of the decoded boxes. Two rules go
+    beyond them. ``v`` is 0, with zero gradient, where a side is not longer than ``eps``, because
+    the aspect of such a box is undefined (an all-zero prediction is what ReLU gives a dead
+    location). And a box turned inside out counts as empty instead of having a negative side.
+    ``smooth=1`` is the (I + 1) / (U + 1) of the first FCOS code; that one depends on the unit.
+
+    The loss is differentiable in ``pred`` alone; ``target``, ``weights`` and ``normalizer`` get no
+    gradient. At a tie of a min or max half the gradient goes to ``pred``; where an intersection
+    side is exactly 0 the gradient is the one from the overlapping side. ``iou`` has zero gradient
+    below its floor. The math is float32 (float64 if ``pred`` is float64) and rounded once.
+
+    Args:
+        pred (Tensor[..., 4]): predicted l, t, r, b; any floating dtype. Negative values are legal:
+            the predicted box then does not contain the location.
+        target (Tensor[..., 4]): true l, t, r, b; any floating dtype.
+        weights (Tensor[...], optional): factor of each row's loss.
+        labels (Tensor[...], optional): integers. Rows with a negative label contribute exactly 0
+            and get exactly zero gradient, whatever NaN or inf they hold. None: every row counts.
+        kind: which of the losses above.
+        reduction: ``"none"``: each row's loss; ``"sum"``; ``"mean"``: the sum of the weighted
+            losses over the number of rows that take part, 0 if there are none.
+        normalizer (Tensor[], optional): the sum is divided by max(normalizer, 1e-6). Only with
+            ``reduction="sum"``.
+        smooth: added to intersection and union, >= 0, in the area unit of the inputs.
+        eps: keeps divisions finite, > 0.
+
+    Returns:
+        Tensor[...] of ``pred``'s dtype for ``"none"``, otherwise Tensor[] in float32 (float64 if
+        ``pred`` is float64). Non-finite values in a row that takes part show up in it.
+
+    Raises:
+        TypeError: a tensor has the wrong kind of dtype, or is not a tensor.
+        ValueError: shapes or devices do not agree, or an option has an unknown value.
+    """
+    return iou_loss_ref(
+        pred,
+        target,
+        weights,
+        labels=labels,
+        kind=kind,
+        reduction=reduction,
+        normalizer=normalizer,
+        smooth=smooth,
+        eps=eps,
+    )
+
+
+def iou_loss_ref(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    kind: IoUKind = "giou",
+    reduction: Reduction = "sum",
+    normalizer: Tensor | None = None,
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Same contract as :func:`iou_loss`, in differentiable PyTorch, without synchronisation."""
+    _check_tensors(pred, target, weights, labels)
+    _check_options(pred, kind, reduction, normalizer, smooth, eps)
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    p = pred.to(dtype)
+    t = target.detach().to(dtype)
+    taking_part = None if labels is None else labels >= 0
+    if taking_part is not None:
+        # Masking the result alone would leave 0 * NaN in the gradient, so the input is masked too.
+        p = torch.where(taking_part[..., None], p, 1.0)
+        t = torch.where(taking_part[..., None], t, 1.0)
+
+    loss = _row_loss(p, t, kind, smooth, eps)
+    if weights is not None:
+        loss = loss * weights.detach().to(dtype)
+    if taking_part is not None:
+        loss = torch.where(taking_part, loss, 0.0)
+
+    if reduction == "none":
+        return loss.to(pred.dtype)
+    if reduction == "mean":
+        if taking_part is None:
+            return loss.sum() / max(loss.numel(), 1)
+        return loss.sum() / taking_part.sum().clamp(min=1)
+    if normalizer is None:
+        return loss.sum()
+    return loss.sum() / normalizer.detach().to(dtype).clamp(min=NORMALIZER_FLOOR)
+
+
+def _row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float) -> Tensor:
+    """Loss of each row, [...], of ``pred`` and ``target`` [..., 4] in one dtype."""
+    w_pred, h_pred = _sides(pred)
+    w_target, h_target = _sides(target)
+    w_common, h_common = _sides(torch.minimum(pred, target))
+    w_around, h_around = _sides(torch.maximum(pred, target))
+
+    intersection = w_common * h_common
+    union = w_pred * h_pred + w_target * h_target - intersection
+    iou = (intersection + smooth) / (union + smooth + eps)
+    if kind == "iou":
+        return -torch.log(iou.clamp(min=IOU_FLOOR))
+    if kind == "linear_iou":
+        return 1 - iou
+    if kind == "giou":
+        around = w_around * h_around
+        return 1 - (iou - (around - union) / (around + eps))
+
+    # The centre lies at ((r - l) / 2, (b - t) / 2) from the location.
+    l_, t_, r_, b_ = pred.unbind(-1)
+    gl, gt, gr, gb = target.unbind(-1)
+    dx = ((r_ - l_) - (gr - gl)) / 2
+    dy = ((b_ - t_) - (gb - gt)) / 2
+    diagonal = w_around * w_around + h_around * h_around + eps
+    diou = 1 - iou + (dx * dx + dy * dy) / diagonal
+    if kind == "diou":
+        return diou
+
+    has_aspect = (w_pred > eps) & (h_pred > eps) & (w_target > eps) & (h_target > eps)
+    # As above: the undefined quotients must not enter the graph at all.
+    angle = _angle(w_target, h_target, has_aspect) - _angle(w_pred, h_pred, has_aspect)
+    v = (4 / math.pi**2) * angle * angle
+    alpha = (v / (1 - iou + v + eps)).detach()
+    return diou + alpha * v
+
+
+def _sides(ltrb: Tensor) -> tuple[Tensor, Tensor]:
+    """Width and height [...] of boxes [..., 4], at least 0."""
+    l_, t_, r_, b_ = ltrb.unbind(-1)
+    return (l_ + r_).clamp(min=0), (t_ + b_).clamp(min=0)
+
+
+def _angle(width: Tensor, height: Tensor, defined: Tensor) -> Tensor:
+    """atan(width / height) where ``defined``, the same constant elsewhere."""
+    return torch.atan(torch.where(defined, width, 1.0) / torch.where(defined, height, 1.0))
+
+
+def _check_tensors(
+    pred: Tensor, target: Tensor, weights: Tensor | None, labels: Tensor | None
+) -> None:
+    for name, tensor in (("pred", pred), ("target", target), ("weights", weights)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"iou_loss: {name} must be floating point, got {tensor.dtype}")
+    if labels is not None and (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    ):
+        raise TypeError(f"iou_loss: labels must be integers, got {labels.dtype}")
+
+    if pred.dim() == 0 or pred.shape[-1] != 4:
+        raise ValueError(f"iou_loss: pred must have shape [..., 4], got {list(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ValueError(
+            f"iou_loss: target must have the shape of pred, {list(pred.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    for name, tensor in (("weights", weights), ("labels", labels)):
+        if tensor is not None and tensor.shape != pred.shape[:-1]:
+            raise ValueError(
+                f"iou_loss: {name} must have the shape of pred without its last dimension, "
+                f"{list(pred.shape[:-1])}, got {list(tensor.shape)}"
+            )
+    for name, tensor in (("target", target), ("weights", weights), ("labels", labels)):
+        if tensor is not None and tensor.device != pred.device:
+            raise ValueError(
+                f"iou_loss: {name} must be on the device of pred, {pred.device}, "
+                f"got {tensor.device}"
+            )
+
+
+def _check_options(
+    pred: Tensor,
+    kind: str,
+    reduction: str,
+    normalizer: Tensor | None,
+    smooth: float,
+    eps: float,
+) -> None:
+    if kind not in get_args(IoUKind):
+        raise ValueError(f"iou_loss: kind must be one of {get_args(IoUKind)}, got {kind!r}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"iou_loss: reduction must be one of {get_args(Reduction)}, got {reduction!r}"
+        )
+    if not 0 <= smooth < math.inf:
+        raise ValueError(f"iou_loss: smooth must be finite and >= 0, got {smooth}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"iou_loss: eps must be finite and > 0, got {eps}")
+    if normalizer is None:
+        return
+    if not isinstance(normalizer, Tensor):
+        raise TypeError(
+            f"iou_loss: normalizer must be a Tensor without dimensions, got {type(normalizer)}"
+        )
+    if reduction != "sum":
+        raise ValueError(f'iou_loss: normalizer needs reduction="sum", got {reduction!r}')
+    if normalizer.dim() != 0:
+        raise ValueError(
+            f"iou_loss: normalizer must have no dimensions, got shape {list(normalizer.shape)}"
+        )
+    if normalizer.device != pred.device:
+        raise ValueError(
+            f"iou_loss: normalizer must be on the device of pred, {pred.device}, "
+            f"got {normalizer.device}"
+        )

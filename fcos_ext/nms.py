@@ -1,0 +1,234 @@
+"""Greedy non-maximum suppression: torchvision's two functions, and a batched padded one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Ranks decided together, and ranks tested against them at once: the temporaries of pairwise IoU
+# are bounded, whatever the number of boxes.
+_BLOCK = 128
+_CHUNK = 4096
+
+
+class PaddedKeep(NamedTuple):
+    """What :func:`padded_batched_nms` keeps of each image."""
+
+    keep: Tensor
+    """int64 [N, D]: indices into K in order of falling score, then -1."""
+    counts: Tensor
+    """int64 [N]: how many of the D are indices."""
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Keep boxes in order of falling score, dropping each that overlaps a kept one too much.
+
+    With A, B the areas (x1 - x0)(y1 - y0) and I = max(min x1 - max x0, 0) max(min y1 - max y0, 0),
+    a kept box suppresses a lower-ranked one if I / (A + B - I) > iou_threshold. This is
+    torchvision's ``nms``, with every corner case decided, alike on all devices:
+
+    - of equal scores the lower index comes first; boxes with a NaN score are dropped;
+    - IoU and threshold are compared as float32, on boxes rounded to float32. (On a CPU torchvision
+      compares with a float64 threshold, so at 0.6 it drops a box whose IoU is 0.6 as a float32.)
+    - boxes that are empty, inside out, or have a NaN or infinite coordinate or area neither
+      suppress nor are suppressed: their IoU is 0 or NaN.
+
+    Args:
+        boxes (Tensor[K, 4]): x0, y0, x1, y1; any floating dtype.
+        scores (Tensor[K]): any floating dtype, compared in that dtype.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        Tensor: int64 indices of the kept boxes, highest score first. Not differentiable.
+
+    Raises:
+        TypeError: boxes or scores are not floating point.
+        ValueError: shapes or devices do not agree, or the threshold is out of its range.
+    """
+    return nms_ref(boxes, scores, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """:func:`nms` in which only boxes of the same group suppress each other.
+
+    The result is torchvision's, but groups are compared as integers instead of moving their boxes
+    apart, which costs coordinates their precision (an IoU is then off by up to 0.002 at group 79)
+    and goes wrong with negative or infinite ones.
+
+    Args:
+        boxes (Tensor[K, 4]): x0, y0, x1, y1; any floating dtype.
+        scores (Tensor[K]): any floating dtype, compared in that dtype.
+        idxs (Tensor[K]): group of each box, usually its class: any integers, negative ones too.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        Tensor: int64 indices of the kept boxes, highest score first. Not differentiable.
+
+    Raises:
+        TypeError: boxes or scores are not floating point, or idxs are not integers.
+        ValueError: shapes or devices do not agree, or the threshold is out of its range.
+    """
+    return batched_nms_ref(boxes, scores, idxs, iou_threshold)
+
+
+def padded_batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    max_detections: int,
+) -> PaddedKeep:
+    """:func:`batched_nms` of every image of a batch, stopped at ``max_detections``.
+
+    Shapes are fixed by the arguments and nothing waits for the device. Same rules as
+    :func:`nms`; candidates with a negative label or a score of NaN or -inf are absent, which is
+    how images with fewer than K candidates are padded.
+
+    Args:
+        boxes (Tensor[N, K, 4]): x0, y0, x1, y1; any floating dtype.
+        scores (Tensor[N, K]): any floating dtype, in any order.
+        labels (Tensor[N, K]): class of each candidate, integers; only equal ones suppress.
+        iou_threshold: in [0, 1].
+        max_detections: D, at least 1.
+
+    Returns:
+        PaddedKeep: keep (Tensor[N, D]) and counts (Tensor[N]). Not differentiable.
+
+    Raises:
+        TypeError: boxes or scores are not floating point, or labels are not integers.
+        ValueError: shapes or devices do not agree, or a number is out of its range.
+    """
+    return padded_batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections)
+
+
+@torch.no_grad()
+def nms_ref(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Same contract as :func:`nms`, in plain PyTorch."""
+    _check("nms", boxes, scores, None, iou_threshold, dims=1)
+    return _greedy(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
+
+
+@torch.no_grad()
+def batched_nms_ref(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Same contract as :func:`batched_nms`, in plain PyTorch."""
+    _check("batched_nms", boxes, scores, ("idxs", idxs), iou_threshold, dims=1)
+    return _greedy(boxes, scores, idxs, iou_threshold)
+
+
+@torch.no_grad()
+def padded_batched_nms_ref(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    max_detections: int,
+) -> PaddedKeep:
+    """Same contract as :func:`padded_batched_nms`, in plain PyTorch, D steps for all images."""
+    op = "padded_batched_nms"
+    _check(op, boxes, scores, ("labels", labels), iou_threshold, dims=2)
+    if max_detections < 1:
+        raise ValueError(f"{op}: max_detections must be at least 1, got {max_detections}")
+    num_images, num_candidates = scores.shape
+    boxes = boxes.to(torch.float32)
+    index = torch.arange(num_candidates, device=boxes.device)
+    # -inf marks who is absent, and below also who has been kept or suppressed.
+    left = scores.masked_fill((labels < 0) | scores.isnan(), -torch.inf)
+
+    steps = min(max_detections, num_candidates)
+    columns = []
+    for _ in range(steps):
+        # argmax documents that it returns the first of equal maxima.
+        best = left.argmax(dim=1, keepdim=True)
+        found = left.gather(1, best) > -torch.inf
+        columns.append(torch.where(found, best, -1))
+        best_box = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+        overlapping = _pairwise_iou(best_box, boxes)[:, 0] > iou_threshold
+        leaving = (overlapping & (labels == labels.gather(1, best))) | (index == best)
+        left = left.masked_fill(leaving, -torch.inf)
+    columns.append(index.new_full((num_images, max_detections - steps), -1))
+    keep = torch.cat(columns, dim=1)
+    return PaddedKeep(keep, (keep >= 0).sum(dim=1))
+
+
+def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """Kept indices of ``boxes`` [K, 4], in blocks of falling score."""
+    ranks = torch.argsort(scores, descending=True, stable=True)
+    ranks = ranks[~scores[ranks].isnan()]
+    boxes = boxes.to(torch.float32)
+
+    def suppresses(upper: Tensor, lower: Tensor) -> Tensor:
+        iou = _pairwise_iou(boxes[upper], boxes[lower])
+        # The comparison rounds the threshold to float32.
+        return (iou > iou_threshold) & (groups[upper][:, None] == groups[lower])
+
+    kept = [ranks[:0]]
+    while len(ranks):
+        block, rest = ranks[:_BLOCK], ranks[_BLOCK:]
+        block = block[_resolve(suppresses(block, block).triu(diagonal=1))]
+        kept.append(block)
+        ranks = torch.cat(
+            [chunk[~suppresses(block, chunk).any(dim=0)] for chunk in rest.split(_CHUNK)]
+        )
+    return torch.cat(kept)
+
+
+def _resolve(suppresses: Tensor) -> Tensor:
+    """Greedy choice within a block: bool [B], of ``suppresses`` [B, B], i over j for i < j only.
+
+    Box j stays unless a box that stays suppresses it. As that depends on smaller indices alone,
+    each pass over all boxes settles at least one more, and a pass without a change ends it.
+    """
+    stays = suppresses.new_ones(len(suppresses))
+    while True:
+        previous = stays
+        stays = ~(suppresses & stays[:, None]).any(dim=0)
+        if torch.equal(stays, previous):
+            return stays
+
+
+def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU [..., P, Q] of float32 boxes [..., P, 4] and [..., Q, 4]."""
+    # One contiguous row for each coordinate: the pairs are then read in steps of one number.
+    ax0, ay0, ax1, ay1 = a.movedim(-1, 0).contiguous()[..., :, None].unbind(0)
+    bx0, by0, bx1, by1 = b.movedim(-1, 0).contiguous()[..., None, :].unbind(0)
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
+    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    intersection = width * height
+    area_a, area_b = (ax1 - ax0) * (ay1 - ay0), (bx1 - bx0) * (by1 - by0)
+    return intersection / (area_a + area_b - intersection)
+
+
+def _check(
+    op: str,
+    boxes: Tensor,
+    scores: Tensor,
+    groups: tuple[str, Tensor] | None,
+    iou_threshold: float,
+    dims: int,
+) -> None:
+    """Raise unless boxes are [*, 4] and scores and groups [*], with ``dims`` dimensions in *."""
+    for name, tensor in (("boxes", boxes), ("scores", scores)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    shape = "[K, 4]" if dims == 1 else "[N, K, 4]"
+    if boxes.dim() != dims + 1 or boxes.shape[-1] != 4:
+        raise ValueError(f"{op}: boxes must have shape {shape}, got {list(boxes.shape)}")
+    others = [("scores", scores)] if groups is None else [("scores", scores), groups]
+    for name, tensor in others:
+        if tensor.shape != boxes.shape[:-1]:
+            raise ValueError(
+                f"{op}: {name} must have the shape of boxes without its last dimension, "
+                f"{list(boxes.shape[:-1])}, got {list(tensor.shape)}"
+            )
+        if tensor.device != boxes.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of boxes, {boxes.device}, got {tensor.device}"
+            )
+    if groups is not None:
+        name, tensor = groups
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be integers, got {tensor.dtype}")
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"{op}: iou_threshold must be in [0, 1], got {iou_threshold}")

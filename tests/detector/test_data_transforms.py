@@ -1,0 +1,148 @@
+"""Boxes must follow the pixels, and prediction must see what evaluation sees."""
+
+import math
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from fcos.config import DataConfig
+from fcos.data.transforms import eval_transforms, prepare_image, resized_size, train_transforms
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "flip_probability": 0.0}
+
+
+def rectangle(height, width, box):
+    """A white rectangle on black, and its box as a target."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    x1, y1, x2, y2 = box
+    image[:, y1:y2, x1:x2] = 255
+    boxes = tv_tensors.BoundingBoxes(
+        torch.tensor([box], dtype=torch.float32), format="XYXY", canvas_size=(height, width)
+    )
+    return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([4])}
+
+
+def extent(image):
+    """xyxy of the white rectangle, to a fraction of a pixel: its mass and its centre."""
+    result = []
+    for dim in (1, 0):  # columns, then rows
+        profile = image[0].amax(dim - 1).double()
+        mass = profile.sum().item()
+        places = torch.arange(len(profile)) + 0.5
+        centre = (profile * places).sum().item() / mass
+        result.append((centre - mass / 2, centre + mass / 2))
+    (x1, x2), (y1, y2) = result
+    return [x1, y1, x2, y2]
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("shorter", [37, 90, 101, 256])
+@pytest.mark.parametrize("size", [(101, 173), (173, 101), (90, 90)])
+def test_boxes_follow_the_pixels(size, shorter, flip):
+    config = DataConfig(**PLAIN | {"flip_probability": flip}, min_sizes=(shorter,), max_size=300)
+    image, target = rectangle(*size, (21, 30, 66, 70))
+    image, target = train_transforms(config)(image, target)
+    assert tuple(image.shape[1:]) == resized_size(*size, shorter, 300)
+    assert target["boxes"][0].tolist() == pytest.approx(extent(image), abs=0.1)
+    assert target["labels"].tolist() == [4]
+
+
+def test_boxes_scale_by_the_true_ratio():
+    image, target = rectangle(101, 173, (0, 0, 173, 101))
+    image, target = eval_transforms(DataConfig(min_sizes=(60,), max_size=300))(image, target)
+    assert target["boxes"].tolist() == [[0, 0, image.shape[2], image.shape[1]]]
+
+
+@pytest.mark.parametrize(
+    ("size", "shorter", "longest", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),  # 1066.67
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((300, 900), 800, 1333, (444, 1333)),  # 444.33: the longer side decides
+        ((500, 500), 500, 1333, (500, 500)),
+        ((1, 5000), 800, 1333, (1, 1333)),  # never empty
+    ],
+)
+def test_resized_size(size, shorter, longest, expected):
+    assert resized_size(*size, shorter, longest) == expected
+
+
+def test_resized_size_keeps_its_promise():
+    for height in range(1, 700, 13):
+        for width in range(1, 700, 17):
+            new = resized_size(height, width, 320, 533)
+            assert max(new) <= 533
+            assert min(new) == 320 or max(new) == 533
+            scale = min(320 / min(height, width), 533 / max(height, width))
+            for side, before in zip(new, (height, width), strict=True):
+                assert abs(side - before * scale) <= 0.5 + 1e-9 or side == 1
+
+
+def test_training_draws_every_size_and_evaluation_uses_the_last():
+    config = DataConfig(min_sizes=(32, 48, 40), max_size=1000)
+    image, target = rectangle(50, 80, (1, 1, 5, 5))
+    seen = {min(train_transforms(config)(image, target)[0].shape[1:]) for _ in range(50)}
+    assert seen == {32, 48, 40}
+    assert eval_transforms(config)(image, target)[0].shape == (3, 40, 64)
+
+
+def test_flip_probability():
+    image, target = rectangle(20, 20, (0, 0, 5, 5))
+    transform = train_transforms(DataConfig(min_sizes=(20,), flip_probability=0.3))
+    torch.manual_seed(0)
+    flips = sum(transform(image, target)[1]["boxes"][0, 0].item() == 15 for _ in range(400))
+    assert abs(flips / 400 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 400)
+
+
+def test_photometric_changes_colours_only():
+    config = DataConfig(**PLAIN, min_sizes=(30,), photometric=True)
+    image, target = rectangle(30, 40, (3, 4, 20, 21))
+    image[:] = image // 2 + torch.tensor([10, 60, 110], dtype=torch.uint8)[:, None, None]
+    changed, after = train_transforms(config)(image, target)
+    assert torch.equal(after["boxes"], target["boxes"])
+    assert (changed - image / 255).abs().max() > 0.01
+    assert changed.min() >= 0 and changed.max() <= 1
+
+
+def test_normalisation():
+    image = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8)
+    config = DataConfig(min_sizes=(24,), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    expected = (image / 255 - mean[:, None, None]) / std[:, None, None]
+    assert torch.allclose(prepare_image(image, config), expected, atol=1e-6)
+
+
+def test_prediction_sees_what_evaluation_sees():
+    image = torch.randint(0, 256, (3, 61, 83), dtype=torch.uint8)
+    config = DataConfig(min_sizes=(32, 50), max_size=66)
+    _, target = rectangle(61, 83, (0, 0, 5, 5))
+    evaluated, _ = eval_transforms(config)(tv_tensors.Image(image), target)
+    prepared = prepare_image(image, config)
+    assert type(prepared) is torch.Tensor and prepared.dtype == torch.float32
+    assert torch.equal(prepared, evaluated)
+
+
+def test_images_without_boxes():
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(30, 40))
+    config = DataConfig(min_sizes=(60,), flip_probability=1.0, photometric=True)
+    target = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
+    image = tv_tensors.Image(torch.zeros(3, 30, 40, dtype=torch.uint8))
+    image, target = train_transforms(config)(image, target)
+    assert image.shape == (3, 60, 80)
+    assert target["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 4, 5),
+        torch.zeros(4, 5, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 5, dtype=torch.uint8),
+        torch.zeros(3, 0, 5, dtype=torch.uint8),
+    ],
+)
+def test_prepare_image_errors(image):
+    with pytest.raises(ValueError, match=r"image must be uint8 \[3, H, W\], got"):
+        prepare_image(image, DataConfig())

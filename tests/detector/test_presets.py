@@ -1,0 +1,52 @@
+"""The named settings say what the publications say."""
+
+import math
+
+from fcos.config import Config
+from fcos.presets import PRESETS, improved, paper, tiny
+
+
+def test_names() -> None:
+    assert list(PRESETS) == ["improved", "paper", "tiny"]
+    assert all(isinstance(preset(), Config) and preset.__doc__ for preset in PRESETS.values())
+
+
+def test_paper() -> None:
+    """arXiv 1904.01355, sections 3.1 to 4."""
+    config = paper()
+    model, train = config.model, config.train
+    assert model.backbone == "resnet50" and model.strides == (8, 16, 32, 64, 128)
+    assert [high for _, high in model.size_ranges] == [64, 128, 256, 512, math.inf]
+    assert (model.activation, model.trainable_scales, model.normalize_ltrb) == ("exp", True, False)
+    assert (model.centerness_branch, model.center_sampling_radius) == ("cls", 0)
+    assert (config.loss.box_loss, config.loss.focal_alpha, config.loss.focal_gamma) == (
+        "iou",
+        0.25,
+        2.0,
+    )
+    assert (train.optimizer, train.learning_rate, train.momentum) == ("sgd", 0.01, 0.9)
+    assert (train.weight_decay, train.batch_size, train.iterations) == (1e-4, 16, 90_000)
+    post = config.postprocess
+    assert (post.score_threshold, post.topk_candidates, post.iou_threshold) == (0.05, 1000, 0.6)
+    assert (config.data.min_sizes, config.data.max_size) == ((800,), 1333)
+
+
+def test_improved_differs_from_paper_in_the_improvements_alone() -> None:
+    a, b = improved(), paper()
+    assert (a.data, a.train, a.postprocess) == (b.data, b.train, b.postprocess)
+    differ = {name for name in vars(a.model) if getattr(a.model, name) != getattr(b.model, name)}
+    assert differ == {
+        "center_sampling_radius",
+        "normalize_ltrb",
+        "activation",
+        "centerness_branch",
+    }
+    assert (a.model.activation, a.model.centerness_branch) == ("relu", "box")
+    assert a.model.center_sampling_radius == 1.5 and a.model.normalize_ltrb
+    assert a.loss.box_loss == "giou"
+
+
+def test_tiny_needs_no_download() -> None:
+    model = tiny().model
+    assert model.backbone_weights == "none"
+    assert not model.frozen_batch_norm and not model.frozen_stages

@@ -1,0 +1,95 @@
+"""The benchmarks run, and give no time to a wrong result."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import bench_sigmoid_focal_loss, shapes
+from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case
+
+CPU = torch.device("cpu")
+
+
+def make_case(**providers: Any) -> Case:
+    """Of a sum of 100,000 ones."""
+    return Case(
+        settings={"mode": "forward", "threads": 1},
+        device=CPU,
+        make_inputs=lambda seed: (torch.ones(100_000),),
+        providers={OURS: lambda x: (x.sum(),)} | providers,
+        reference=lambda x: (x.double().sum(),),
+        tolerance=1e-6,
+        bytes_moved=400_000,
+    )
+
+
+def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "rows.json"
+    arguments = ["--quick", "--output", str(output)]
+    assert main(bench_sigmoid_focal_loss.OP, bench_sigmoid_focal_loss.cases, arguments) == 0
+    rows = json.loads(output.read_text())
+    assert len(rows) == 10
+    for row in rows:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["op"] == "sigmoid_focal_loss"
+        assert {"device", "torch", "commit", "date", "instruction_set", "threads"} <= row.keys()
+        assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
+    printed = capsys.readouterr().out
+    assert printed.count("x ours") == 10 and "torch.compile of reference" in printed
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda x: (x.sum() + 1,),
+        lambda x: (x.sum() * float("nan"),),
+        lambda x: (x.sum().view(1),),
+    ],
+    ids=["wrong value", "nan", "wrong shape"],
+)
+def test_wrong_result_is_refused(
+    result: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "rows.json"
+    cases = lambda device, quick: [make_case(planted=result)]  # noqa: E731
+    assert main("sum", cases, ["--quick", "--output", str(output)]) == 1
+    good, bad = json.loads(output.read_text())
+    assert good["median_ms"] > 0
+    assert "wrong result: relative error" in bad["refused"]
+    assert not {"median_ms", "ratio_to_ours", "gb_per_s"} & bad.keys()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "planted" in line)
+    assert "wrong result" in line and " ms" not in line
+
+
+def test_times_are_of_the_providers() -> None:
+    def slow(x: Tensor) -> tuple[Tensor]:
+        time.sleep(0.02)
+        return (x.sum(),)
+
+    before = torch.get_num_threads()
+    ours, theirs = run_case(make_case(slow=slow), QUICK)
+    assert torch.get_num_threads() == before
+    assert theirs["median_ms"] == pytest.approx(20, rel=0.5)
+    assert theirs["ratio_to_ours"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1)
+    assert ours["gb_per_s"] == pytest.approx(400_000 / ours["median_ms"] / 1e6)
+
+
+def test_peak_memory() -> None:
+    """Two tensors of 400 kB at a time, though three are made."""
+    case = make_case(chain=lambda x: (x.mul(2).mul(2).mul(0.25).sum(),))
+    assert peak_extra_bytes(case, "chain", case.make_inputs(0)) == pytest.approx(800_000, rel=0.01)
+
+
+def test_shapes() -> None:
+    # P3 to P7 of 800 x 1344: 100 x 168, 50 x 84, 25 x 42, 13 x 21, 7 x 11
+    assert shapes.num_locations() == 16_800 + 4_200 + 1_050 + 273 + 77
+    labels = shapes.make_labels(50_000, 80, torch.Generator().manual_seed(0))
+    assert labels.min() == -1 and labels.max() == 79
+    assert (labels >= 0).float().mean().item() == pytest.approx(shapes.POSITIVE_SHARE, rel=0.3)
