@@ -13,6 +13,13 @@
 #include <torch/csrc/stable/macros.h>
 #endif
 
+// The shared memory whose size the launch gives: FCOS_DYNAMIC_SHARED(float, tile);
+#ifdef FCOS_SIMT
+#define FCOS_DYNAMIC_SHARED(type, name) type* const name = simt::dynamic_shared<type>()
+#else
+#define FCOS_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
 namespace fcos_ext {
 
 // Starts kernel<<<grid, block, shared_bytes>>>(args...) on the device and current stream of `on`.
@@ -31,6 +38,19 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Params>(args)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+#endif
+}
+
+// Sets bytes on the device of `on` to 0, in the order of its current stream.
+inline void clear(void* p, size_t bytes, const Tensor& on) {
+#ifdef FCOS_SIMT
+  (void)on;
+  memset(p, 0, bytes);
+#else
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
 #endif
 }
 

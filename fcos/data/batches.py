@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.process
 import os
 import signal
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,7 +198,7 @@ def training_loader(
         iterations=iterations,
         group_by_aspect_ratio=config.group_by_aspect_ratio,
     )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=_workers(config, iterations),
@@ -231,7 +234,7 @@ def eval_loader(
         rank * len(dataset) // world_size,
         (rank + 1) * len(dataset) // world_size,
     )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=share,
@@ -241,6 +244,28 @@ def eval_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader[Sample]):
+    """A loader whose workers end with Python, although they ignore the signal that asks them to."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        _running_workers.update(getattr(iterator, "_workers", ()))
+        return iterator
+
+
+_running_workers: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python sends SIGTERM to the workers of a loader that was not run to its end, and waits."""
+    workers = [worker for worker in _running_workers if worker.is_alive()]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an error
+    for worker in workers:
+        worker.kill()
 
 
 def _leave_signals_to_training(worker: int) -> None:

@@ -1,6 +1,8 @@
 """Batches: padding and packing, and an order that workers, ranks and restarts leave alone."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -278,3 +280,25 @@ def test_a_bad_picture_is_named_by_a_worker(folder, tmp_path):
     dataset = CocoDataset(tmp_path / "set.json", transforms=eval_transforms(CONFIG))
     with pytest.raises(ImageError, match=r"6\.png: cannot be decoded"):
         list(eval_loader(dataset, DataConfig(workers=2), 4))
+
+
+UNFINISHED = """
+import sys
+from fcos.config import DataConfig
+from fcos.data.batches import eval_loader
+from fcos.data.coco import CocoDataset
+from fcos.data.transforms import eval_transforms
+
+config = DataConfig(workers=2)
+dataset = CocoDataset(sys.argv[1], transforms=eval_transforms(config))
+batches = iter(eval_loader(dataset, config, 1))
+next(batches)
+print("leaving")
+"""
+
+
+def test_python_ends_while_workers_run(folder):
+    """They ignore SIGTERM, with which multiprocessing ends its children, waiting for ever."""
+    command = [sys.executable, "-c", UNFINISHED, folder / "set.json"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "leaving\n", "")
