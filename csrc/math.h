@@ -25,6 +25,16 @@ FCOS_INLINE float reciprocal(float x) {
 #endif
 }
 
+// a * b, rounded: never part of a fused multiply-add. Decisions that all backends must agree on
+// (an IoU at the threshold, equal areas) are made of this. The CPU files get it from their flags.
+FCOS_INLINE float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // e^x for x <= 0. Below about -87 the float version stays at 2^-126 or 0: nothing that is added
 // to a number of ordinary size can tell.
 FCOS_INLINE double exp_nonpositive(double x) { return std::exp(x); }

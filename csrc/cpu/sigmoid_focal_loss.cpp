@@ -1,3 +1,6 @@
+// Fused multiply-adds are welcome here. Before any header, or what they define stays without.
+#pragma GCC optimize("fp-contract=fast")
+
 #include "../sigmoid_focal_loss.h"
 
 #include <algorithm>
