@@ -76,14 +76,19 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    returns_integers: bool = False,
 ) -> None:
     """Attach shape inference and a gradient to a compiled operator.
 
     Without ``backward``, differentiating ``op`` raises: PyTorch would drop the term silently.
+    With ``returns_integers`` there is nothing to differentiate, and calls are some microseconds
+    faster for not going through autograd.
     """
     if missing["cpu"] is not None:
         return
     torch.library.register_fake(f"fcos_ext::{op}", fake)
+    if returns_integers:
+        return
     torch.library.register_autograd(
         f"fcos_ext::{op}", backward or _not_differentiable(op), setup_context=setup_context
     )

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._library import kernels, register
+
+_DEVICES = kernels("nms")
+
 # Ranks decided together, and ranks tested against them at once: the temporaries of pairwise IoU
 # are bounded, whatever the number of boxes.
 _BLOCK = 128
@@ -22,7 +26,9 @@ class PaddedKeep(NamedTuple):
     """int64 [N]: how many of the D are indices."""
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor:
     """Keep boxes in order of falling score, dropping each that overlaps a kept one too much.
 
     With A, B the areas (x1 - x0)(y1 - y0) and I = max(min x1 - max x0, 0) max(min y1 - max y0, 0),
@@ -39,18 +45,30 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         boxes (Tensor[K, 4]): x0, y0, x1, y1; any floating dtype.
         scores (Tensor[K]): any floating dtype, compared in that dtype.
         iou_threshold: in [0, 1].
+        max_detections: stop when so many boxes are kept, at least 1; None: keep all.
 
     Returns:
         Tensor: int64 indices of the kept boxes, highest score first. Not differentiable.
 
     Raises:
         TypeError: boxes or scores are not floating point.
-        ValueError: shapes or devices do not agree, or the threshold is out of its range.
+        ValueError: shapes or devices do not agree, or a number is out of its range.
     """
-    return nms_ref(boxes, scores, iou_threshold)
+    _check("nms", boxes, scores, None, iou_threshold, dims=1)
+    limit = _limit("nms", max_detections)
+    if boxes.device.type not in _DEVICES:
+        return nms_ref(boxes, scores, iou_threshold, max_detections=max_detections)
+    return torch.ops.fcos_ext.nms(boxes, scores, None, iou_threshold, limit)
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    *,
+    max_detections: int | None = None,
+) -> Tensor:
     """:func:`nms` in which only boxes of the same group suppress each other.
 
     The result is torchvision's, but groups are compared as integers instead of moving their boxes
@@ -62,15 +80,20 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         scores (Tensor[K]): any floating dtype, compared in that dtype.
         idxs (Tensor[K]): group of each box, usually its class: any integers, negative ones too.
         iou_threshold: in [0, 1].
+        max_detections: stop when so many boxes are kept, at least 1; None: keep all.
 
     Returns:
         Tensor: int64 indices of the kept boxes, highest score first. Not differentiable.
 
     Raises:
         TypeError: boxes or scores are not floating point, or idxs are not integers.
-        ValueError: shapes or devices do not agree, or the threshold is out of its range.
+        ValueError: shapes or devices do not agree, or a number is out of its range.
     """
-    return batched_nms_ref(boxes, scores, idxs, iou_threshold)
+    _check("batched_nms", boxes, scores, ("idxs", idxs), iou_threshold, dims=1)
+    limit = _limit("batched_nms", max_detections)
+    if boxes.device.type not in _DEVICES:
+        return batched_nms_ref(boxes, scores, idxs, iou_threshold, max_detections=max_detections)
+    return torch.ops.fcos_ext.nms(boxes, scores, idxs.to(torch.int64), iou_threshold, limit)
 
 
 def padded_batched_nms(
@@ -104,17 +127,29 @@ def padded_batched_nms(
 
 
 @torch.no_grad()
-def nms_ref(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms_ref(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor:
     """Same contract as :func:`nms`, in plain PyTorch."""
     _check("nms", boxes, scores, None, iou_threshold, dims=1)
-    return _greedy(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
+    limit = _limit("nms", max_detections)
+    groups = torch.zeros_like(scores, dtype=torch.int64)
+    return _greedy(boxes, scores, groups, iou_threshold, limit)
 
 
 @torch.no_grad()
-def batched_nms_ref(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms_ref(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    *,
+    max_detections: int | None = None,
+) -> Tensor:
     """Same contract as :func:`batched_nms`, in plain PyTorch."""
     _check("batched_nms", boxes, scores, ("idxs", idxs), iou_threshold, dims=1)
-    return _greedy(boxes, scores, idxs, iou_threshold)
+    limit = _limit("batched_nms", max_detections)
+    return _greedy(boxes, scores, idxs, iou_threshold, limit)
 
 
 @torch.no_grad()
@@ -152,8 +187,10 @@ def padded_batched_nms_ref(
     return PaddedKeep(keep, (keep >= 0).sum(dim=1))
 
 
-def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """Kept indices of ``boxes`` [K, 4], in blocks of falling score."""
+def _greedy(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, limit: int
+) -> Tensor:
+    """Kept indices of ``boxes`` [K, 4], in blocks of falling score; a negative limit is none."""
     ranks = torch.argsort(scores, descending=True, stable=True)
     ranks = ranks[~scores[ranks].isnan()]
     boxes = boxes.to(torch.float32)
@@ -164,10 +201,12 @@ def _greedy(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float)
         return (iou > iou_threshold) & (groups[upper][:, None] == groups[lower])
 
     kept = [ranks[:0]]
-    while len(ranks):
+    missing = len(ranks) if limit < 0 else limit
+    while len(ranks) and missing > 0:
         block, rest = ranks[:_BLOCK], ranks[_BLOCK:]
-        block = block[_resolve(suppresses(block, block).triu(diagonal=1))]
+        block = block[_resolve(suppresses(block, block).triu(diagonal=1))][:missing]
         kept.append(block)
+        missing -= len(block)
         ranks = torch.cat(
             [chunk[~suppresses(block, chunk).any(dim=0)] for chunk in rest.split(_CHUNK)]
         )
@@ -198,6 +237,15 @@ def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = width * height
     area_a, area_b = (ax1 - ax0) * (ay1 - ay0), (bx1 - bx0) * (by1 - by0)
     return intersection / (area_a + area_b - intersection)
+
+
+def _limit(op: str, max_detections: int | None) -> int:
+    """As the operator takes it: -1 for no limit."""
+    if max_detections is None:
+        return -1
+    if max_detections < 1:
+        raise ValueError(f"{op}: max_detections must be at least 1, got {max_detections}")
+    return max_detections
 
 
 def _check(
@@ -232,3 +280,18 @@ def _check(
             raise TypeError(f"{op}: {name} must be integers, got {tensor.dtype}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"{op}: iou_threshold must be in [0, 1], got {iou_threshold}")
+
+
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    max_detections: int,
+) -> Tensor:
+    # How many are kept is only known from the values.
+    count = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty((count,), dtype=torch.int64)
+
+
+register("nms", fake=_fake, returns_integers=True)
