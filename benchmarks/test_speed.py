@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from . import bench_sigmoid_focal_loss
+from . import bench_nms, bench_sigmoid_focal_loss
 from .harness import Case, verify
 
-CASES: list[Case] = [*bench_sigmoid_focal_loss.cases(torch.device("cpu"))]
+CASES: list[Case] = [
+    *bench_sigmoid_focal_loss.cases(torch.device("cpu")),
+    *bench_nms.cases(torch.device("cpu")),
+]
 
 
 @pytest.fixture

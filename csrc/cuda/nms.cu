@@ -263,9 +263,13 @@ const ListKernel kListed[] = {
     {"nms scan", &scan_kernel, kScanThreads},
 };
 
-// (values, indices) by falling value, of equal ones the lower index first. The headers of early
-// versions of torch do not have torch::stable::sort.
-std::pair<Tensor, Tensor> sort_falling(const Tensor& t) {
+struct Sorted {
+  Tensor values, indices;
+};
+
+// By falling value, of equal ones the lower index first. The headers of early versions of torch do
+// not have torch::stable::sort.
+Sorted sort_falling(const Tensor& t) {
   std::array<StableIValue, 4> stack = {
       torch::stable::detail::from(t), torch::stable::detail::from(std::optional<bool>(true)),
       torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(true)};
@@ -289,7 +293,7 @@ Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<T
   Tensor keep = torch::stable::new_empty(b, {limit}, ScalarType::Long);
   if (limit == 0) return keep;
 
-  const auto [sorted, order] = sort_falling(scores);
+  const Sorted sorted = sort_falling(scores);
   const int64_t padded = (n + kTile - 1) / kTile * kTile;
   const int64_t mask_words = std::min<int64_t>(padded / kTile, kBandTiles) * kBand;
   Tensor mask = torch::stable::new_empty(b, {mask_words}, ScalarType::Long);
@@ -300,7 +304,7 @@ Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<T
 
   const Args args = {static_cast<const Box*>(b.const_data_ptr()),
                      g ? g->const_data_ptr<int64_t>() : nullptr,
-                     order.const_data_ptr<int64_t>(),
+                     sorted.indices.const_data_ptr<int64_t>(),
                      n,
                      static_cast<float>(iou_threshold),
                      limit,
@@ -308,10 +312,10 @@ Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<T
                      static_cast<Word*>(mask.mutable_data_ptr()),
                      keep.mutable_data_ptr<int64_t>(),
                      count.mutable_data_ptr<int64_t>()};
-  dispatch_floating(sorted.scalar_type(), "nms", [&](auto zero) {
+  dispatch_floating(sorted.values.scalar_type(), "nms", [&](auto zero) {
     using scalar_t = decltype(zero);
     launch(&start_kernel<scalar_t>, grid_for((padded + kThreads - 1) / kThreads), dim3(kThreads), 0,
-           b, sorted.const_data_ptr<scalar_t>(), n, padded, args.removed, args.count);
+           b, sorted.values.const_data_ptr<scalar_t>(), n, padded, args.removed, args.count);
   });
   if (g)
     launch_bands<true>(args, b);
