@@ -5,9 +5,10 @@ BIN := .venv/bin
 
 SOURCES := $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* \
-                        tests/simt/*.h tests/simt/*.cpp tests/simt/include/*)
+                        tests/simt/*.h tests/simt/*.cpp tests/simt/include/* \
+                        tests/cuda_gates/planted/*)
 
-.PHONY: demo test check format abi clean
+.PHONY: demo test check format abi gates clean
 
 # An environment of its own: torch and torchvision from the package index, then this project, built
 # against that torch.
@@ -52,5 +53,10 @@ abi: .venv/installed
 	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
 	PYTHONPATH=. .venv-abi/bin/python tests/abi/check_second_torch.py
 
+# Registers, memory and machine code of the CUDA kernels for every GPU generation, not only the two
+# of `make test`. Needs nvcc, no GPU.
+gates: .venv/installed
+	$(BIN)/python -m tests.cuda_gates --all
+
 clean:
-	rm -rf build demo .venv .venv-abi fcos_ext/*.so fcos_ext/_build_info.json *.egg-info
+	rm -rf build demo .cache/cuda_gates .venv .venv-abi fcos_ext/*.so fcos_ext/_build_info.json *.egg-info
