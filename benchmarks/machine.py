@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import cuda_timing
+
 _COPIED_BYTES = 128 << 20
 
 
@@ -24,6 +26,8 @@ def wait(device: torch.device) -> None:
 
 def copy_gb_per_s(device: torch.device, threads: int | None) -> float:
     """What a copy of a large tensor reaches, reads and writes together: the ceiling."""
+    if device.type == "cuda":
+        return cuda_timing.copy_gb_per_s(device)
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
@@ -61,7 +65,21 @@ def stamp(device: torch.device) -> dict[str, Any]:
     else:
         values["cuda"] = torch.version.cuda
         values["build"] = _library.build_info().get("cuda")
+        values |= _nvidia_smi(device)
     return values
+
+
+def _nvidia_smi(device: torch.device) -> dict[str, str]:
+    """Driver, and clocks as they are: nobody sets them here. Empty where the program is missing."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu")
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run([*command, f"--id=GPU-{uuid}"], capture_output=True, text=True)
+    except OSError:
+        return {}
+    figures = [figure.strip() for figure in done.stdout.strip().split(",")]
+    return dict(zip(fields, figures, strict=True)) if len(figures) == len(fields) else {}
 
 
 def _cpu_name() -> str:
