@@ -9,6 +9,10 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "sigmoid_focal_loss_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? normalizer, "
       "float alpha, float gamma) -> Tensor");
   m.def(
+      "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
+      "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "
+      "bool normalize) -> (Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, "
+      "Tensor num_pos)");
       "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, int max_detections) "
       "-> Tensor");
 }

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._library import kernels, register
+
+_DEVICES = kernels("assign_targets")
+
 Boundary = Literal["inclusive", "strict", "half_open"]
 
+_BOUNDARIES: tuple[str, ...] = ("inclusive", "strict", "half_open")
+"""The operator knows a rule by its place here."""
+_INTEGERS = (torch.int64, torch.int32)
+
+_MAX_LEVELS = 32
 _MAX_PAIRS = 1 << 18
 """(location, box) pairs handled at once; bounds the temporaries to some 10 MB."""
 
@@ -25,7 +34,8 @@ class AssignedTargets(NamedTuple):
     centerness: Tensor
     """float32 [N, L]: 1 at the centre of the box towards 0 at its border, 0 at background."""
     matched: Tensor
-    """int64 [N, L]: its row in ``boxes`` (counted over the whole batch), -1 background."""
+    """int64 [N, L]: row of the assigned box, counted over the whole batch, -1 background; of
+    padded boxes [N, M, 4] the row in ``boxes.flatten(0, 1)``."""
     num_pos: Tensor
     """int64 [N]: locations of the image that are not background."""
 
@@ -33,8 +43,9 @@ class AssignedTargets(NamedTuple):
 def assign_targets(
     boxes: Tensor,
     labels: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
     size_ranges: Sequence[tuple[float, float]],
@@ -61,20 +72,27 @@ def assign_targets(
 
     Everything is computed in float32, each operation rounded as written here; ``radius s`` and the
     ranges are rounded to float32 too. centerness = sqrt((min(l, r) / max(l, r)) (min(t, b) /
-    max(t, b))), of the distances in pixels.
+    max(t, b))), of the distances in pixels. CPU, CUDA and the reference agree to the bit.
 
     A box never matches if one of its sides is not above 0, or if a coordinate, a side or its area
     is not finite in float32. Images without boxes are ordinary: all background.
 
+    The boxes of the images come in one of two forms, packed with ``offsets`` or padded with
+    ``counts``. All shapes of the result follow from shapes of the arguments, and on CUDA the host
+    waits for nothing, so that a CUDA graph can hold the call: with padded boxes its replays take
+    batches of any content.
+
     Args:
-        boxes (Tensor[K, 4]): x0, y0, x1, y1 in pixels of all images one after the other; any
-            floating dtype.
-        labels (Tensor[K]): class of each box, int32 or int64. Must be >= 0: the output's -1 means
-            background, and ignored boxes are not known here.
-        offsets (Tensor[N + 1]): int32 or int64; image i owns the boxes offsets[i] up to
-            offsets[i + 1].
+        boxes (Tensor[K, 4] or Tensor[N, M, 4]): x0, y0, x1, y1 in pixels, any floating dtype:
+            packed, of all images one after the other; or padded, M for each image.
+        labels (Tensor[K] or Tensor[N, M]): class of each box, int32 or int64. Must be >= 0: the
+            output's -1 means background, and ignored boxes are not known here.
+        offsets (Tensor[N + 1]): of packed boxes, int32 or int64: image i owns the boxes offsets[i]
+            up to offsets[i + 1].
+        counts (Tensor[N]): of padded boxes, int32 or int64: image i owns the first counts[i] of its
+            M boxes. What the others hold does not matter.
         feature_sizes: (height, width) of each level, in locations.
-        strides: of each level, in pixels.
+        strides: of each level, in pixels. At most 32 levels.
         size_ranges: (low, high) of each level, in pixels; ``math.inf`` is a legal bound.
         center_sampling_radius: in strides; 0 makes the whole box positive.
         boundary: which ends belong to a size range, see above.
@@ -85,19 +103,49 @@ def assign_targets(
 
     Raises:
         TypeError: a tensor has the wrong kind of dtype.
-        ValueError: shapes, devices or lengths do not agree, ``offsets`` do not partition the
-            boxes, or an option is out of its range.
+        ValueError: shapes, devices or lengths do not agree, an option is out of its range; and, on
+            the CPU, ``offsets`` do not partition the boxes or ``counts`` leave 0..M. A GPU does
+            not show them to the host: there they are clamped, to what partitions the boxes.
     """
-    return assign_targets_ref(
+    extents = _check(
         boxes,
         labels,
         offsets,
-        feature_sizes=feature_sizes,
-        strides=strides,
-        size_ranges=size_ranges,
-        center_sampling_radius=center_sampling_radius,
-        boundary=boundary,
-        normalize=normalize,
+        counts,
+        feature_sizes,
+        strides,
+        size_ranges,
+        center_sampling_radius,
+        boundary,
+    )
+    device = boxes.device.type
+    if device not in _DEVICES:
+        return assign_targets_ref(
+            boxes,
+            labels,
+            offsets,
+            counts=counts,
+            feature_sizes=feature_sizes,
+            strides=strides,
+            size_ranges=size_ranges,
+            center_sampling_radius=center_sampling_radius,
+            boundary=boundary,
+            normalize=normalize,
+        )
+    if device == "cpu" and not torch.compiler.is_compiling():
+        _read_rows(boxes, extents)  # the operator checks too, but raises RuntimeError
+    return AssignedTargets(
+        *torch.ops.fcos_ext.assign_targets(
+            boxes.detach() if boxes.requires_grad else boxes,
+            labels,
+            extents,
+            [side for size in feature_sizes for side in size],
+            [int(stride) for stride in strides],
+            [end for ends in size_ranges for end in ends],
+            center_sampling_radius,
+            _BOUNDARIES.index(boundary),
+            normalize,
+        )
     )
 
 
@@ -105,8 +153,9 @@ def assign_targets(
 def assign_targets_ref(
     boxes: Tensor,
     labels: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
     size_ranges: Sequence[tuple[float, float]],
@@ -114,25 +163,29 @@ def assign_targets_ref(
     boundary: Boundary = "inclusive",
     normalize: bool = False,
 ) -> AssignedTargets:
-    """Same contract as :func:`assign_targets`, in plain PyTorch; reads ``offsets`` on the host."""
-    _check_tensors(boxes, labels, offsets)
-    _check_levels(feature_sizes, strides, size_ranges)
-    if not center_sampling_radius >= 0:
-        raise ValueError(
-            f"assign_targets: center_sampling_radius must be >= 0, got {center_sampling_radius}"
-        )
-    if boundary not in get_args(Boundary):
-        raise ValueError(
-            f"assign_targets: boundary must be one of {get_args(Boundary)}, got {boundary!r}"
-        )
-    bounds = _read_offsets(offsets, len(boxes))
+    """Same contract as :func:`assign_targets`, in plain PyTorch.
 
-    boxes = boxes.to(torch.float32)
-    images = list(zip(bounds[:-1], bounds[1:], strict=True))
+    Reads ``offsets`` or ``counts`` on the host, on any device, and raises ValueError accordingly.
+    """
+    extents = _check(
+        boxes,
+        labels,
+        offsets,
+        counts,
+        feature_sizes,
+        strides,
+        size_ranges,
+        center_sampling_radius,
+        boundary,
+    )
+    rows = _read_rows(boxes, extents)
+
+    boxes = boxes.to(torch.float32).reshape(-1, 4)
+    labels = labels.to(torch.int64).reshape(-1)
     num_locations = sum(height * width for height, width in feature_sizes)
-    matched = torch.full((len(images), num_locations), -1, dtype=torch.int64, device=boxes.device)
-    ltrb = boxes.new_zeros((len(images), num_locations, 4))
-    centerness = boxes.new_zeros((len(images), num_locations))
+    matched = torch.full((len(rows), num_locations), -1, dtype=torch.int64, device=boxes.device)
+    ltrb = boxes.new_zeros((len(rows), num_locations, 4))
+    centerness = boxes.new_zeros((len(rows), num_locations))
 
     start = 0
     for (height, width), stride, (low, high) in zip(
@@ -142,7 +195,7 @@ def assign_targets_ref(
         start = level.stop
         locations = _locations(height, width, stride, boxes.device)
         radius = center_sampling_radius * stride
-        for image, (first, last) in enumerate(images):
+        for image, (first, last) in enumerate(rows):
             if first == last:
                 continue
             index = _match(locations, boxes[first:last], radius, low, high, boundary)
@@ -158,7 +211,7 @@ def assign_targets_ref(
     positive = matched >= 0
     assigned = torch.full_like(matched, -1)
     if len(boxes):
-        assigned = torch.where(positive, labels.to(torch.int64)[matched.clamp(min=0)], -1)
+        assigned = torch.where(positive, labels[matched.clamp(min=0)], -1)
     return AssignedTargets(assigned, ltrb, centerness, matched, positive.sum(dim=1))
 
 
@@ -210,44 +263,85 @@ def _centerness(ltrb: Tensor) -> Tensor:
     return torch.sqrt(horizontal * vertical)
 
 
-def _check_tensors(boxes: Tensor, labels: Tensor, offsets: Tensor) -> None:
+def _check(
+    boxes: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    feature_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    size_ranges: Sequence[tuple[float, float]],
+    center_sampling_radius: float,
+    boundary: str,
+) -> Tensor:
+    """Everything but the values of tensors. Returns ``offsets`` or ``counts``, which is given."""
+    if offsets is not None and counts is None:
+        name, extents, padded = "offsets", offsets, False
+    elif counts is not None and offsets is None:
+        name, extents, padded = "counts", counts, True
+    else:
+        given = "neither" if offsets is None else "both"
+        raise ValueError(f"assign_targets: offsets or counts must be given, got {given}")
     if not boxes.is_floating_point():
         raise TypeError(f"assign_targets: boxes must be floating point, got {boxes.dtype}")
-    for name, tensor in (("labels", labels), ("offsets", offsets)):
-        if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"assign_targets: {name} must be int32 or int64, got {tensor.dtype}")
+    for what, tensor in (("labels", labels), (name, extents)):
+        if tensor.dtype not in _INTEGERS:
+            raise TypeError(f"assign_targets: {what} must be int32 or int64, got {tensor.dtype}")
         if tensor.device != boxes.device:
             raise ValueError(
-                f"assign_targets: {name} must be on the device of boxes, {boxes.device}, "
+                f"assign_targets: {what} must be on the device of boxes, {boxes.device}, "
                 f"got {tensor.device}"
             )
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"assign_targets: boxes must have shape [K, 4], got {list(boxes.shape)}")
-    if labels.shape != boxes.shape[:1]:
+    shape = boxes.shape
+    if len(shape) != 2 + padded or shape[-1] != 4:
+        expected = "[N, M, 4] with counts" if padded else "[K, 4] with offsets"
+        raise ValueError(f"assign_targets: boxes must have shape {expected}, got {list(shape)}")
+    if labels.shape != shape[:-1]:
         raise ValueError(
-            f"assign_targets: labels must have shape [K] with K = {len(boxes)} boxes, "
-            f"got {list(labels.shape)}"
+            "assign_targets: labels must have the shape of boxes without its last dimension, "
+            f"{list(shape[:-1])}, got {list(labels.shape)}"
         )
-    if offsets.dim() != 1 or len(offsets) == 0:
+    if extents.dim() != 1 or (len(extents) != shape[0] if padded else len(extents) == 0):
+        expected = f"[N] with N = {shape[0]} images" if padded else "[N + 1]"
         raise ValueError(
-            f"assign_targets: offsets must have shape [N + 1], got {list(offsets.shape)}"
+            f"assign_targets: {name} must have shape {expected}, got {list(extents.shape)}"
         )
+    _check_levels(feature_sizes, strides, size_ranges)
+    if not center_sampling_radius >= 0:
+        raise ValueError(
+            f"assign_targets: center_sampling_radius must be >= 0, got {center_sampling_radius}"
+        )
+    if boundary not in _BOUNDARIES:
+        raise ValueError(
+            f"assign_targets: boundary must be one of {_BOUNDARIES}, got {boundary!r}"
+        )
+    return extents
 
 
-def _read_offsets(offsets: Tensor, num_boxes: int) -> list[int]:
-    """``offsets`` as a list, checked."""
-    bounds: list[int] = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_boxes:
+def _read_rows(boxes: Tensor, extents: Tensor) -> list[tuple[int, int]]:
+    """First row of each image and the one after its last; the values are checked."""
+    values: list[int] = extents.tolist()
+    if boxes.dim() == 3:
+        capacity = boxes.shape[1]
+        for i, count in enumerate(values):
+            if not 0 <= count <= capacity:
+                raise ValueError(
+                    f"assign_targets: counts must lie in 0..M with M = {capacity}, got {count} at "
+                    f"image {i}"
+                )
+        return [(i * capacity, i * capacity + count) for i, count in enumerate(values)]
+    if values[0] != 0 or values[-1] != len(boxes):
         raise ValueError(
-            f"assign_targets: offsets must start at 0 and end at the number of boxes, {num_boxes}, "
-            f"got {bounds[0]} and {bounds[-1]}"
+            "assign_targets: offsets must start at 0 and end at the number of boxes, "
+            f"{len(boxes)}, got {values[0]} and {values[-1]}"
         )
-    for i, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    rows = list(zip(values[:-1], values[1:], strict=True))
+    for i, (first, last) in enumerate(rows):
         if first > last:
             raise ValueError(
                 f"assign_targets: offsets must not decrease, got {first} then {last} at image {i}"
             )
-    return bounds
+    return rows
 
 
 def _check_levels(
@@ -259,6 +353,10 @@ def _check_levels(
         raise ValueError(
             "assign_targets: feature_sizes, strides and size_ranges must have one entry for each "
             f"level, got {len(feature_sizes)}, {len(strides)} and {len(size_ranges)}"
+        )
+    if len(strides) > _MAX_LEVELS:
+        raise ValueError(
+            f"assign_targets: strides must be of at most {_MAX_LEVELS} levels, got {len(strides)}"
         )
     for level, (height, width) in enumerate(feature_sizes):
         if height < 1 or width < 1:
@@ -277,3 +375,29 @@ def _check_levels(
                 "assign_targets: size_ranges must be (low, high) with low <= high, "
                 f"got {(low, high)} at level {level}"
             )
+
+
+def _fake(
+    boxes: Tensor,
+    labels: Tensor,
+    extents: Tensor,
+    feature_sizes: Sequence[int],
+    strides: Sequence[int],
+    size_ranges: Sequence[float],
+    center_sampling_radius: float,
+    boundary: int,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    sides = zip(feature_sizes[::2], feature_sizes[1::2], strict=True)
+    N = boxes.shape[0] if boxes.dim() == 3 else extents.shape[0] - 1
+    L = sum(height * width for height, width in sides)
+    return (
+        boxes.new_empty((N, L), dtype=torch.int64),
+        boxes.new_empty((N, L, 4), dtype=torch.float32),
+        boxes.new_empty((N, L), dtype=torch.float32),
+        boxes.new_empty((N, L), dtype=torch.int64),
+        boxes.new_empty((N,), dtype=torch.int64),
+    )
+
+
+register("assign_targets", fake=_fake)
