@@ -62,6 +62,10 @@ elif missing["cuda"] is not None and torch.cuda.is_available():
     )
 
 
+#: Holds what is registered from Python for as long as the process lives.
+_IMPLEMENTATIONS = torch.library.Library("fcos_ext", "IMPL")
+
+
 def kernels(op: str) -> frozenset[str]:
     """Device types that have a compiled kernel for ``op``. Call at import: it is not traceable."""
     if missing["cpu"] is not None:
@@ -92,6 +96,18 @@ def register(
     torch.library.register_autograd(
         f"fcos_ext::{op}", backward or _not_differentiable(op), setup_context=setup_context
     )
+
+
+def register_constant(op: str, *, fake: Callable[..., Any]) -> None:
+    """Attach shape inference to a compiled operator whose results never require a gradient.
+
+    Such as labels and indices. Unlike with :func:`register`, autograd does not see the call, which
+    saves the time of its Python half.
+    """
+    if missing["cpu"] is not None:
+        return
+    torch.library.register_fake(f"fcos_ext::{op}", fake)
+    _IMPLEMENTATIONS.impl(op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _not_differentiable(op: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import kernels, register
+from ._library import kernels, register_constant
 
 _DEVICES = kernels("assign_targets")
 
@@ -118,8 +118,7 @@ def assign_targets(
         center_sampling_radius,
         boundary,
     )
-    device = boxes.device.type
-    if device not in _DEVICES:
+    if boxes.device.type not in _DEVICES:
         return assign_targets_ref(
             boxes,
             labels,
@@ -132,11 +131,9 @@ def assign_targets(
             boundary=boundary,
             normalize=normalize,
         )
-    if device == "cpu" and not torch.compiler.is_compiling():
-        _read_rows(boxes, extents)  # the operator checks too, but raises RuntimeError
-    return AssignedTargets(
-        *torch.ops.fcos_ext.assign_targets(
-            boxes.detach() if boxes.requires_grad else boxes,
+    try:
+        targets = torch.ops.fcos_ext.assign_targets(
+            boxes,
             labels,
             extents,
             [side for size in feature_sizes for side in size],
@@ -146,7 +143,12 @@ def assign_targets(
             _BOUNDARIES.index(boundary),
             normalize,
         )
-    )
+    except RuntimeError:
+        # On the CPU the operator checks the values; asked only now, as that takes its time.
+        if boxes.device.type == "cpu":
+            _read_rows(boxes, extents)  # raises ValueError
+        raise
+    return AssignedTargets(*targets)
 
 
 @torch.no_grad()
@@ -400,4 +402,4 @@ def _fake(
     )
 
 
-register("assign_targets", fake=_fake)
+register_constant("assign_targets", fake=_fake)

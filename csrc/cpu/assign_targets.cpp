@@ -39,8 +39,12 @@ std::vector<Tile> tiles_of(const std::vector<Level>& levels) {
 struct Best {
   float area[kTile];   // infinite: none
   int32_t row[kTile];  // among those of the image
+  // Rows of locations from here to there, of the tile, have been tested; none at first, and then
+  // the arrays are not filled either.
+  int32_t first_y, last_y;
 };
 
+// Indices from first to before last.
 struct Range {
   int32_t first, last;
 };
@@ -76,6 +80,10 @@ FCOS_INLINE void scatter_box(const Level& level, const Tile& tile, const Box& bo
   const Range ys = window_of(level, box.y0, box.y1, tile.y0, tile.y1);
   if (ys.first >= ys.last) return;
   const Range xs = window_of(level, box.x0, box.x1, tile.x0, tile.x1);
+  if (best.first_y >= best.last_y)
+    std::fill_n(best.area, (tile.x1 - tile.x0) * (tile.y1 - tile.y0), INFINITY);
+  best.first_y = std::min(best.first_y, ys.first);
+  best.last_y = std::max(best.last_y, ys.last);
   const float area = area_of(box);
   const float center_x = center_of(box.x0, box.x1), center_y = center_of(box.y0, box.y1);
   for (int32_t y = ys.first; y < ys.last; ++y) {
@@ -129,32 +137,43 @@ inline void store_background(const TargetPointers& out, int64_t at, int64_t n) {
   std::memset(out.ltrb + at * 4, 0, n * 4 * sizeof(float));
 }
 
+// The results of the locations of row y that have a box. Returns how many they are.
+FCOS_INLINE int64_t store_row(const Batch& batch, const Level& level, const Tile& tile, int32_t y,
+                              int64_t first_box, int64_t at, const Best& best) {
+  const int32_t width = tile.x1 - tile.x0, offset = (y - tile.y0) * width;
+  int64_t positives = 0;
+  for (int32_t x = 0; x < width; x += kStretch) {
+    const int32_t end = std::min(x + kStretch, width);
+    int32_t found = 0;
+    for (int32_t k = x; k < end; ++k) found += best.area[offset + k] < INFINITY;
+    if (found == 0) continue;
+    positives += found;
+    for (int32_t k = x; k < end; ++k)
+      if (best.area[offset + k] < INFINITY)
+        store(batch, level, tile.x0 + k, y, first_box + best.row[offset + k], at + k);
+  }
+  return positives;
+}
+
 FCOS_INLINE void assign_tile(const Batch& batch, const Level& level, const Tile& tile,
                              int64_t image, Best& best) {
-  const int32_t width = tile.x1 - tile.x0;
-  const int64_t start = image * batch.num_locations + level.start;
-  std::fill_n(best.area, width * (tile.y1 - tile.y0), INFINITY);
+  const int32_t width = tile.x1 - tile.x0, height = tile.y1 - tile.y0;
   const Rows rows = batch.boxes.rows_of(image);
+  best.first_y = tile.y1;
+  best.last_y = tile.y0;
   for (int64_t row = rows.first; row < rows.last; ++row) {
     const Box box = batch.boxes[row];
     if (is_proper(box)) scatter_box(level, tile, box, static_cast<int32_t>(row - rows.first), best);
   }
+  const int64_t start = image * batch.num_locations + level.start + tile.x0;
+  const auto row_at = [&](int32_t y) { return start + int64_t(y) * level.width; };
+  if (width == level.width)
+    store_background(batch.out, row_at(tile.y0), int64_t(width) * height);
+  else
+    for (int32_t y = tile.y0; y < tile.y1; ++y) store_background(batch.out, row_at(y), width);
   int64_t positives = 0;
-  for (int32_t y = tile.y0; y < tile.y1; ++y) {
-    const int64_t at = start + int64_t(y) * level.width + tile.x0;
-    store_background(batch.out, at, width);
-    const int32_t offset = (y - tile.y0) * width;
-    for (int32_t x = 0; x < width; x += kStretch) {
-      const int32_t end = std::min(x + kStretch, width);
-      int32_t found = 0;
-      for (int32_t k = x; k < end; ++k) found += best.area[offset + k] < INFINITY;
-      if (found == 0) continue;
-      positives += found;
-      for (int32_t k = x; k < end; ++k)
-        if (best.area[offset + k] < INFINITY)
-          store(batch, level, tile.x0 + k, y, rows.first + best.row[offset + k], at + k);
-    }
-  }
+  for (int32_t y = best.first_y; y < best.last_y; ++y)
+    positives += store_row(batch, level, tile, y, rows.first, row_at(y), best);
   // Integers add up to the same in any order.
   if (positives)
     std::atomic_ref<int64_t>(batch.out.num_pos[image])
