@@ -15,7 +15,10 @@ namespace {
 // what is kept for each stays in the cache.
 constexpr int32_t kTile = 4096;
 // Locations that are looked at together for whether any has a box.
-constexpr int32_t kStretch = 64;
+constexpr int32_t kStretch = 16;
+
+// Less work than this is not worth another thread; a box counts as so many locations.
+constexpr int64_t kLocationsPerThread = 16384, kLocationsPerBox = 16;
 
 struct Tile {
   int32_t level, x0, y0, x1, y1;
@@ -77,6 +80,9 @@ FCOS_INLINE Range window_of(const Level& level, float low, float high, int32_t b
 FCOS_INLINE void scatter_box(const Level& level, const Tile& tile, const Box& box, int32_t row,
                              Best& best) {
   if (!may_be_in_range(level, box)) return;
+  if (!may_hold(level, location_of(level, tile.y0), location_of(level, tile.y1 - 1), box.y0,
+                box.y1))
+    return;
   const Range ys = window_of(level, box.y0, box.y1, tile.y0, tile.y1);
   if (ys.first >= ys.last) return;
   const Range xs = window_of(level, box.x0, box.x1, tile.x0, tile.x1);
@@ -181,10 +187,14 @@ FCOS_INLINE void assign_tile(const Batch& batch, const Level& level, const Tile&
 }
 
 void assign_images(const Batch& batch, const std::vector<Level>& levels, int64_t N) {
+  if (N == 0) return;
   std::fill_n(batch.out.num_pos, N, int64_t(0));
   const std::vector<Tile> tiles = tiles_of(levels);
   const int64_t per_image = tiles.size();
-  torch::stable::parallel_for(0, N * per_image, 1, [&](int64_t begin, int64_t end) {
+  const int64_t of_item =
+      batch.num_locations / per_image + kLocationsPerBox * (batch.boxes.num_rows / N);
+  const int64_t grain = std::max<int64_t>(1, kLocationsPerThread / of_item);
+  torch::stable::parallel_for(0, N * per_image, grain, [&](int64_t begin, int64_t end) {
     with_cpu_isa([&] {
       Best best;
       for (int64_t item = begin; item < end; ++item) {

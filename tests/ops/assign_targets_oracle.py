@@ -134,14 +134,20 @@ def assign_image(case: Case, boxes: np.ndarray, first_row: int) -> tuple[np.ndar
         ltrb = np.zeros((height * width, 4), f32)
         centerness = np.zeros(height * width, f32)
         # Boxes by area, and those of equal areas by index: the first candidate is the best.
-        order = sorted(np.flatnonzero(np.isfinite(area[0])), key=lambda m: (area[0, m], m))
-        for k in np.flatnonzero(candidate.any(1)):
-            m = next(m for m in order if candidate[k, m])
-            l_, t_, r_, b_ = sides[k, m]
-            matched[k] = first_row + m
-            ratio = (min(l_, r_) / max(l_, r_)) * (min(t_, b_) / max(t_, b_))
-            centerness[k] = np.sqrt(ratio)
-            ltrb[k] = sides[k, m] / f32(stride) if case.normalize else sides[k, m]
+        order = np.lexsort((np.arange(len(boxes)), area[0]))
+        candidate = candidate[:, order]
+        (found,) = candidate.any(1).nonzero()
+        if len(found):
+            best = order[candidate[found].argmax(1)]  # of the first True
+            matched[found] = first_row + best
+            ltrb[found] = sides[found, best]
+            l_, t_, r_, b_ = ltrb[found].T
+            ratio = (np.minimum(l_, r_) / np.maximum(l_, r_)) * (
+                np.minimum(t_, b_) / np.maximum(t_, b_)
+            )
+            centerness[found] = np.sqrt(ratio)
+            if case.normalize:
+                ltrb[found] /= f32(stride)
         levels.append((ltrb, centerness, matched))
     return tuple(np.concatenate(parts) for parts in zip(*levels, strict=True))
 
