@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "
       "bool normalize) -> (Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, "
       "Tensor num_pos)");
+  m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, int max_detections) "
       "-> Tensor");
 }
