@@ -44,8 +44,8 @@ LINE_UP = [
     (20_000, "random", CLASSES),
     (20_000, "random", 1),
 ]
-#: The reference takes half a minute and more where few of 20,000 boxes are suppressed.
-MAX_REFERENCE = 5000
+#: The reference takes a second and more where few of more boxes than these are suppressed.
+MAX_REFERENCE = 1000
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 

@@ -12,10 +12,11 @@ namespace {
 
 // Boxes whose IoU with another is computed at once.
 constexpr int kLanes = 32;
-// Candidates that are tested, on all threads, against what was kept before the first of them.
-constexpr int64_t kBlock = 256;
-// Pairs that are worth a thread: 30 microseconds.
-constexpr int64_t kPairsPerThread = 1 << 17;
+// Pairs that are worth a thread: a tenth of a millisecond. To wake one may take as long.
+constexpr int64_t kPairsPerThread = 1 << 19;
+// A block of candidates is tested, on all threads, against what was kept before its first: at
+// least so many of them, and as many as this share of what is kept, so that blocks are few.
+constexpr int64_t kBlock = 256, kBlockShare = 4;
 // Groups are given to threads only if they are so many, of so many boxes.
 constexpr int64_t kParallelGroups = 16, kParallelBoxes = 1 << 14;
 
@@ -128,27 +129,29 @@ struct Problem {
   FCOS_INLINE const Box& box(uint32_t rank) const { return boxes[order[rank]]; }
 };
 
-// Decides a block of at most kBlock ranks, which come after all that is kept.
+// Decides the next ranks of a group, n of them; `kept` holds what is kept of those before.
 void decide_block(const Problem& p, const uint32_t* ranks, int64_t n, Kept& kept) {
-  bool suppressed[kBlock];
-  const size_t before = kept.lanes.size();
-  const int64_t grain = kPairsPerThread / std::max<int64_t>(kept.count, 1) + 1;
-  torch::stable::parallel_for(0, n, grain, [&](int64_t first, int64_t last) {
-    with_cpu_isa([&] {
-      for (int64_t i = first; i < last; ++i) {
-        const Box& b = p.box(ranks[i]);
-        suppressed[i] = kept.suppress(0, before, b, area_of(b), p.threshold);
-      }
+  std::vector<uint8_t> suppressed;
+  size_t tested = 0;  // lanes that are full and have been compared with the whole block
+  if (n * kept.count >= 2 * kPairsPerThread) {
+    suppressed.resize(n);
+    tested = static_cast<size_t>(kept.count / kLanes);
+    const int64_t grain = kPairsPerThread / kept.count + 1;
+    torch::stable::parallel_for(0, n, grain, [&](int64_t first, int64_t last) {
+      with_cpu_isa([&] {
+        for (int64_t i = first; i < last; ++i) {
+          const Box& b = p.box(ranks[i]);
+          suppressed[i] = kept.suppress(0, tested, b, area_of(b), p.threshold);
+        }
+      });
     });
-  });
-  // What is left meets those kept of the block itself, the first of which may share lanes with
-  // boxes that were there before.
+  }
   with_cpu_isa([&] {
-    const size_t first = static_cast<size_t>(kept.count / kLanes);
     for (int64_t i = 0; i < n && kept.count < p.limit; ++i) {
+      if (tested > 0 && suppressed[i]) continue;
       const Box& b = p.box(ranks[i]);
       const float area = area_of(b);
-      if (suppressed[i] || kept.suppress(first, kept.lanes.size(), b, area, p.threshold)) continue;
+      if (kept.suppress(tested, kept.lanes.size(), b, area, p.threshold)) continue;
       kept.add(b, area);
       p.stays[ranks[i]] = 1;
     }
@@ -162,9 +165,12 @@ void decide_groups(const Problem& p, const Groups& groups, int64_t first, int64_
   for (int64_t g = first; g < last; ++g) {
     kept.lanes.clear();
     kept.count = 0;
-    const size_t end = groups.starts[g + 1];
-    for (size_t i = groups.starts[g]; i < end && kept.count < p.limit; i += kBlock)
-      decide_block(p, &groups.ranks[i], std::min<int64_t>(kBlock, end - i), kept);
+    const int64_t end = static_cast<int64_t>(groups.starts[g + 1]);
+    for (int64_t i = static_cast<int64_t>(groups.starts[g]); i < end && kept.count < p.limit;) {
+      const int64_t n = std::min(std::max(kBlock, kept.count / kBlockShare), end - i);
+      decide_block(p, &groups.ranks[i], n, kept);
+      i += n;
+    }
   }
 }
 
