@@ -39,13 +39,31 @@ def check_sigmoid_focal_loss() -> None:
             compare(gradient, torch.autograd.grad(truth.sum(), exact)[0])
 
 
+def check_nms() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        corner, sides = torch.rand(2, 500, 2).mul(100).unbind()
+        boxes = torch.cat((corner, corner + sides), dim=1).to(dtype)
+        scores, groups = torch.rand(500).to(dtype), torch.randint(-1, 3, (500,))
+        for limit in (None, 10):
+            kept = fcos_ext.nms(boxes, scores, 0.4, max_detections=limit)
+            assert torch.equal(kept, fcos_ext.nms_ref(boxes, scores, 0.4, max_detections=limit))
+            kept, exact = (
+                function(boxes, scores, groups, 0.4, max_detections=limit)
+                for function in (fcos_ext.batched_nms, fcos_ext.batched_nms_ref)
+            )
+            assert torch.equal(kept, exact)
+
+
 def compare(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     rtol = 1e-12 if actual.dtype == torch.float64 else max(eps, 1e-5)
     torch.testing.assert_close(actual.double(), exact, rtol=rtol, atol=min(eps, 1e-6))
 
 
-CHECKS: dict[str, Callable[[], None]] = {"sigmoid_focal_loss": check_sigmoid_focal_loss}
+CHECKS: dict[str, Callable[[], None]] = {
+    "nms": check_nms,
+    "sigmoid_focal_loss": check_sigmoid_focal_loss,
+}
 
 
 def main() -> None:
@@ -66,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     for name, check in CHECKS.items():
         check()
-        print(f"{name}: forward and backward agree with the reference")
+        print(f"{name} agrees with the reference")
 
     reason = _library.why_missing("cuda")
     if torch.version.cuda is None and reason is None:
