@@ -1,8 +1,8 @@
-"""The nms operator: its CPU and CUDA kernels, and the CUDA source in the simulator.
+"""The nms operator: its CPU and CUDA kernels.
 
-Kernels are called through ``torch.ops``, never through the public functions, so that a fallback
-cannot pass for a kernel. ``test_nms.py`` has what the public functions promise, and
-``test_nms_fuzz.py`` runs the kernels on inputs of every odd kind.
+They are called through ``torch.ops``, never through the public functions, so that a fallback cannot
+pass for a kernel. ``test_nms.py`` has what the public functions promise, ``test_nms_simt.py`` the
+CUDA source on the CPU, and ``test_nms_fuzz.py`` runs all of them on inputs of every odd kind.
 """
 
 from __future__ import annotations
@@ -19,41 +19,11 @@ from torch.library import opcheck
 
 from fcos_ext import batched_nms, batched_nms_ref, nms, nms_ref
 from fcos_ext._library import kernels
-from tests.simt.build import SimtLibrary, load_simt_library
+from tests.ops.nms_inputs import DTYPES, expected, make_inputs
 
 OP = torch.ops.fcos_ext.nms.default
-HALVES = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float32, torch.float64, *HALVES]
 # None: one group for all
 NUM_GROUPS = [None, 1, 3, 80]
-
-
-def make_inputs(
-    n: int, num_groups: int | None = None, spread: float = 300.0, device: str = "cpu", seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Boxes of sides 10 to 60, the more overlap the smaller ``spread``; scores; groups."""
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=generator) * spread
-    sides = torch.rand(n, 2, generator=generator) * 50 + 10
-    boxes = torch.cat((corner, corner + sides), dim=1)
-    scores = torch.rand(n, generator=generator)
-    scores[torch.rand(n, generator=generator) < 0.03] = torch.nan
-    groups = None
-    if num_groups is not None:
-        groups = torch.randint(-1, num_groups - 1, (n,), generator=generator).to(device)
-    return boxes.to(device), scores.to(device), groups
-
-
-def expected(
-    boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float, limit: int = -1
-) -> Tensor:
-    max_detections = None if limit < 0 else limit
-    if groups is None:
-        return nms_ref(boxes, scores, iou_threshold, max_detections=max_detections)
-    return batched_nms_ref(boxes, scores, groups, iou_threshold, max_detections=max_detections)
-
-
-# ---- the kernels of this device -----------------------------------------------------------------
 
 
 def test_compiled(device: str) -> None:
@@ -242,72 +212,3 @@ def test_kernel_errors_of_devices() -> None:
         OP(B.cuda(), S, None, 0.5, -1)
     with pytest.raises(RuntimeError, match="boxes and groups must be on the same device"):
         OP(B.cuda(), S.cuda(), G, 0.5, -1)
-
-
-# ---- the CUDA source on the CPU -----------------------------------------------------------------
-
-SIMT_SEEDS = (0, 1, 12345)
-BAND = 192  # ranks, in the simulator
-
-
-@pytest.fixture(scope="module")
-def simt() -> SimtLibrary:
-    return load_simt_library()
-
-
-def simt_result(lib: SimtLibrary, *arguments: Any, seed: int = 0) -> Tensor:
-    lib.set_seed(seed)
-    before = lib.launches
-    with lib.guarded_memory():
-        result = torch.ops.fcos_ext_simt.nms(*arguments)
-    n = len(arguments[0])
-    # One to start, then two a band, and one more for each that comes after another.
-    assert lib.launches - before == (3 * -(-n // BAND) if n else 0)
-    return result
-
-
-@pytest.mark.parametrize("limit", [-1, 0, 1, 70])
-@pytest.mark.parametrize("num_groups", [None, 3])
-@pytest.mark.parametrize("spread", [20.0, 300.0], ids="spread{:.0f}".format)
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 192, 193, 500])
-def test_simt(simt: SimtLibrary, n: int, spread: float, num_groups: int | None, limit: int) -> None:
-    inputs = make_inputs(n, num_groups, spread)
-    arguments = (*inputs, 0.4, limit)
-    if limit == 0:
-        assert torch.ops.fcos_ext_simt.nms(*arguments).tolist() == []
-        return
-    assert torch.equal(simt_result(simt, *arguments, seed=n), expected(*arguments))
-
-
-@pytest.mark.parametrize("num_groups", [None, 2])
-def test_simt_seeds(simt: SimtLibrary, num_groups: int | None) -> None:
-    arguments = (*make_inputs(700, num_groups, 150.0), 0.5, -1)
-    for seed in SIMT_SEEDS:
-        assert torch.equal(simt_result(simt, *arguments, seed=seed), expected(*arguments))
-
-
-def test_simt_chain(simt: SimtLibrary) -> None:
-    """Every box overlaps the next alone: within a tile nothing is settled before its turn."""
-    left = torch.arange(400.0) * 6
-    boxes = torch.stack((left, torch.zeros(400), left + 10, torch.full((400,), 10.0)), dim=1)
-    kept = simt_result(simt, boxes, torch.linspace(1, 0, 400), None, 0.2, -1)
-    assert kept.tolist() == list(range(0, 400, 2))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_simt_dtypes(simt: SimtLibrary, dtype: torch.dtype) -> None:
-    boxes, scores, groups = make_inputs(150, 2, 40.0)
-    inputs = boxes.to(dtype), scores.to(dtype), groups
-    assert torch.equal(simt_result(simt, *inputs, 0.4, -1), expected(*inputs, 0.4))
-
-
-def test_simt_misaligned_and_strided(simt: SimtLibrary) -> None:
-    boxes, scores, groups = make_inputs(100, 3, 40.0)
-    assert groups is not None
-    plain = simt_result(simt, boxes, scores, groups, 0.4, -1)
-    misaligned = torch.cat([boxes.new_zeros(1), boxes.flatten()])[1:].view(100, 4)
-    assert misaligned.data_ptr() % 16 != 0
-    strided = boxes.t().contiguous().t(), scores.repeat_interleave(2)[::2]
-    assert torch.equal(simt_result(simt, misaligned, scores, groups, 0.4, -1), plain)
-    groups = groups.repeat_interleave(3)[::3]
-    assert torch.equal(simt_result(simt, *strided, groups, 0.4, -1), plain)
