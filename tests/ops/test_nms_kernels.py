@@ -30,7 +30,7 @@ def test_compiled(device: str) -> None:
     assert device in kernels("nms")
 
 
-@pytest.mark.parametrize("limit", [-1, 1, 40, 10_000])
+@pytest.mark.parametrize("limit", [-1, 1, 40])
 @pytest.mark.parametrize("num_groups", NUM_GROUPS)
 @pytest.mark.parametrize("spread", [20.0, 300.0, 3000.0], ids="spread{:.0f}".format)
 @pytest.mark.parametrize("n", [0, 1, 2, 31, 64, 65, 257, 1000])
@@ -44,11 +44,21 @@ def test_matches_reference(
         assert torch.equal(actual, expected(*inputs, iou_threshold, limit))
 
 
-@pytest.mark.parametrize("n, num_groups", [(15_000, None), (17_500, 50), (17_500, 17_500)])
+@pytest.mark.parametrize("n, num_groups", [(12_000, None), (17_500, 50), (17_500, 9000)])
 def test_many_boxes(device: str, n: int, num_groups: int | None) -> None:
     """Enough for threads, by blocks and by groups, and for many bands."""
-    inputs = make_inputs(n, num_groups, 1500.0, device)
-    assert torch.equal(OP(*inputs, 0.3, -1), expected(*inputs, 0.3))
+    boxes, scores, groups = make_inputs(n, num_groups, 1500.0)
+    on_device = [None if t is None else t.to(device) for t in (boxes, scores, groups)]
+    actual = OP(*on_device, 0.3, -1).tolist()
+    if groups is None:
+        groups = torch.zeros(n)
+    kept = []
+    for group in groups.unique():
+        members = ((groups == group) & ~scores.isnan()).nonzero().ravel()
+        kept.append(members[torchvision.ops.nms(boxes[members], scores[members], 0.3)])
+    ranked = torch.cat(kept).sort().values
+    ranked = ranked[scores[ranked].argsort(descending=True, stable=True)]
+    assert actual == ranked.tolist()
 
 
 @pytest.mark.parametrize("boxes_dtype", DTYPES, ids=str)

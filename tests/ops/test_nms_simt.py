@@ -51,12 +51,16 @@ def test_simt_seeds(simt: SimtLibrary, num_groups: int | None) -> None:
         assert torch.equal(simt_result(simt, *arguments, seed=seed), expected(*arguments))
 
 
-@pytest.mark.parametrize("num_groups", [None, 2])
-def test_simt_many_kept(simt: SimtLibrary, num_groups: int | None) -> None:
-    """So many that a block compares its ranks with several tiles of them."""
-    arguments = (*make_inputs(1100, num_groups, 2000.0), 0.3, -1)
-    kept = simt_result(simt, *arguments, seed=1)
-    assert len(kept) > 900 and torch.equal(kept, expected(*arguments))
+@pytest.mark.parametrize("groups", [None, torch.full((1150,), -5)], ids=["ungrouped", "grouped"])
+def test_simt_many_kept(simt: SimtLibrary, groups: Tensor | None) -> None:
+    """So many that a block compares its ranks with several tiles of them, and the first counts."""
+    corner = torch.stack((torch.arange(960) % 31, torch.arange(960) // 31), dim=1) * 30.0
+    boxes = torch.cat((corner, corner + 20), dim=1)
+    boxes = torch.cat((boxes, boxes[:190].flip(0)))
+    for seed in SEEDS:
+        arguments = boxes, torch.linspace(1, 0, 1150), groups
+        kept = simt_result(simt, *arguments, 0.5, -1, seed=seed)
+        assert kept.tolist() == list(range(960))
 
 
 def test_simt_chain(simt: SimtLibrary) -> None:
