@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import cuda_timing
 from benchmarks.gpu_check import limits, ops, samples
@@ -57,6 +61,82 @@ def test_a_wrong_operator_is_caught(
     assert "FAILED no sample in tests/abi/check_second_torch.py of: forgotten" in printed
     assert "FAILED sigmoid_focal_loss of " in printed
     assert "FAILED sigmoid_focal_loss_backward" not in printed
+
+
+class FakeGraph:
+    """What was called while it was captured, and is called again into the same tensors."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        for function, args, kwargs, results in self.calls:
+            again = function(*args, **kwargs)
+            for target, value in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                target.copy_(value)
+
+
+class FakeCapture(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        self.graph.calls.append((func, args, kwargs or {}, results))
+        return results
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        self.seconds = 0.0
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+
+class FakeStream:
+    def wait_stream(self, other: FakeStream) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just enough for graphs on a CPU."""
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "graph": FakeCapture,
+        "Event": FakeEvent,
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda mode: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("way", ["graphs", "syncs"])
+def test_operators_in_a_graph(way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ops.main([way, "--device", "cpu"]) == 0
+    count = int(capsys.readouterr().out.split()[0])
+    assert count >= len(samples.record_calls(0)) / 2
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_a_replay_without_effect_is_caught(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeGraph, "replay", lambda graph: None)
+    assert ops.main(["graphs", "--device", "cpu"]) == 1
+    assert "FAILED sigmoid_focal_loss of " in capsys.readouterr().out
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -119,3 +199,21 @@ def test_times_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["no_graph"] == "operation not permitted when stream is capturing"
     assert device_ms({"median_ms": 1.0} | good) == 0.25
     assert device_ms({"median_ms": 1.0} | row) == 1.0
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_graph_and_event_times() -> None:
+    seen: list[int] = []
+
+    def sleeps(x: int) -> None:
+        seen.append(x)
+        time.sleep(0.002)
+        torch.zeros(1)  # what the fake graph repeats
+
+    rotation = [(1,), (2,), (3,)]
+    assert cuda_timing.event_ms(sleeps, rotation) == pytest.approx(2, rel=0.9)
+    assert set(seen) == {1, 2, 3}
+    # Replays do not come by here: only the call that was captured is repeated.
+    seen.clear()
+    assert 0 < cuda_timing.graph_ms(sleeps, rotation) < 1
+    assert len(seen) == 3 + 8

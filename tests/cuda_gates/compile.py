@@ -87,7 +87,8 @@ def find_cuobjdump() -> Path:
         if (folder / "cuobjdump").is_file() and (folder / "nvdisasm").is_file():
             return folder / "cuobjdump"
     raise MissingTool(
-        "cuobjdump and nvdisasm were found neither in the CUDA toolkit nor in the triton package"
+        "cuobjdump and nvdisasm were found neither in the CUDA toolkit nor in the triton package "
+        "(pip install triton)"
     )
 
 
