@@ -151,7 +151,13 @@ def test_limits_are_complete() -> None:
 
 
 def test_judging() -> None:
-    limit = {"kernel": "k", "op": "a", "where": {"size": 8}, "limit_us": 10, "goal_us": 20}
+    limit = {
+        "kernel": "k",
+        "op": "a",
+        "where": {"size": 8, "shape": [1, 2]},
+        "limit_us": 10,
+        "goal_us": 20,
+    }
     case = {"op": "a", "size": 8, "shape": [1, 2]}
     ours = case | {"provider": "fcos_ext", "median_ms": 0.05, "graph_ms": 0.015}
     theirs = case | {"provider": "eager", "median_ms": 0.06}
@@ -162,16 +168,21 @@ def test_judging() -> None:
         (entry,) = limits.judge(rows, [limit], device)
         return entry
 
-    entry = verdict(other_case, theirs, wrong, ours)
+    captured = theirs | {"provider": "compiled", "graph_ms": 0.06}
+    entry = verdict(other_case, theirs, wrong, ours, captured)
     assert entry["verdict"] == "meets the goal"
     assert entry["us"] == pytest.approx(15) and entry["wall_us"] == pytest.approx(50)
-    assert entry["ratios"] == {"eager": pytest.approx(4)}
+    assert entry["ratios"] == {
+        "eager, both with the host": pytest.approx(1.2),
+        "compiled": pytest.approx(4),
+    }
     assert verdict(ours | {"graph_ms": 0.021})["verdict"] == "misses the goal"
     assert verdict(ours, device="NVIDIA L4")["verdict"] == "no goal for this GPU"
     assert verdict(ours | {"refused": "wrong"})["verdict"] == "wrong result"
     assert verdict(theirs, other_case)["verdict"] == "not measured"
     lines = limits.table([entry, verdict()])
-    assert "15.0 us" in lines[1] and "4.0 x  eager" in lines[2] and "not measured" in lines[3]
+    assert "15.0 us" in lines[1] and "1.2 x  eager" in lines[2] and "4.0 x  compiled" in lines[3]
+    assert "not measured" in lines[4]
 
 
 # ---- times --------------------------------------------------------------------------------------

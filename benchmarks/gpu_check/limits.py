@@ -54,11 +54,9 @@ def judge(rows: Sequence[Row], limits: Sequence[Row], device: str) -> list[dict[
             entry["us"] = microseconds
             entry["percent_of_copy"] = ours.get("percent_of_copy")
             entry["wall_us"] = ours["median_ms"] * 1e3
-            entry["ratios"] = {
-                other["provider"]: device_ms(dict(other)) * 1e3 / microseconds
-                for other in others
-                if "refused" not in other
-            }
+            entry["ratios"] = dict(
+                _ratio(other, ours) for other in others if "refused" not in other
+            )
             entry["verdict"] = (
                 "no goal for this GPU"
                 if not device.startswith(DEVICE)
@@ -79,6 +77,14 @@ def _matching(rows: Sequence[Row], limit: Row) -> list[Row]:
     case = _case(ours[0])
     others = [row for row in matching if row["provider"] != OURS and _case(row) == case]
     return [ours[0], *others]
+
+
+def _ratio(other: Row, ours: Row) -> tuple[str, float]:
+    """Provider, and its time in ours: of the GPU alone if both could be captured in a graph, else
+    of both with the host."""
+    if "graph_ms" in other and "graph_ms" in ours:
+        return other["provider"], other["graph_ms"] / ours["graph_ms"]
+    return f"{other['provider']}, both with the host", other["median_ms"] / ours["median_ms"]
 
 
 def _case(row: Row) -> dict[str, Any]:
