@@ -26,6 +26,7 @@ from .samples import (
     missing_samples,
     moved,
     record_calls,
+    run_call,
     same_shapes,
 )
 
@@ -42,8 +43,7 @@ def attempt(failures: Failures, what: str, function: Callable[[], object]) -> No
 
 
 def call_on(device: str, call: Call) -> Any:
-    args, kwargs = moved((call.args, call.kwargs), device)
-    return call.op(*args, **kwargs)
+    return run_call(call, *moved((call.args, call.kwargs), device))
 
 
 def assert_same(actual: Any, expected: Any, exact: bool = False) -> None:
@@ -134,23 +134,23 @@ def graphs(device: str, failures: Failures) -> int:
 def _replay(device: str, first: Call, other: Call) -> None:
     """Capture with the arguments of one call, replay with those of another, twice."""
     static = moved((first.args, first.kwargs), device)
-    values = moved((other.args, other.kwargs), device)
-    expected = moved(other.op(*values[0], **values[1]), "cpu")
+    expected = moved(call_on(device, other), "cpu")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        first.op(*static[0], **static[1])
+        call_on(device, first)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = first.op(*static[0], **static[1])
-    for target, value in zip(tree_leaves(static), tree_leaves(values), strict=True):
-        if isinstance(target, Tensor):
-            target.copy_(value)
+        results = run_call(first, *static)
     for _ in range(2):
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 tensor.fill_(90)  # what the first call or the last replay left
+        values = moved((other.args, other.kwargs), device)
+        for target, value in zip(tree_leaves(static), tree_leaves(values), strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(value)
         graph.replay()
         torch.cuda.synchronize()
         assert_same(results, expected, exact=True)

@@ -31,6 +31,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: Any
+    """What it returned, and, after that, the arguments that it wrote to."""
 
     @property
     def name(self) -> str:
@@ -42,19 +43,39 @@ class Call:
         return f"{self.name} of {shapes}"
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+class Recorder(TorchDispatchMode):
+    """Writes down the calls of operators of a namespace."""
+
+    def __init__(self, namespace: str = NAMESPACE) -> None:
         super().__init__()
+        self.namespace = namespace
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != NAMESPACE:
+        if func.namespace != self.namespace:
             return func(*args, **kwargs)
         args_before, kwargs_before = tree_map(_copy, (args, kwargs))
-        results = func(*args, **kwargs)
+        returned = func(*args, **kwargs)
+        results = (returned, written(func, args, kwargs))
         self.calls.append(Call(func, args_before, kwargs_before, tree_map(_copy, results)))
-        return results
+        return returned
+
+
+def written(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Those arguments that the schema says an operator writes to."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    is_write = {
+        a.name: a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments
+    }
+    return [value for name, value in given.items() if is_write[name]]
+
+
+def run_call(call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The results with other arguments, as ``Call.results`` holds them."""
+    returned = call.op(*args, **kwargs)
+    return returned, written(call.op, args, kwargs)
 
 
 def _copy(value: Any) -> Any:
@@ -70,7 +91,7 @@ def operators() -> set[str]:
 def record_calls(seed: int) -> list[Call]:
     """What the checks call, forward and backward, with random numbers from ``seed``."""
     torch.manual_seed(seed)
-    recorder = _Recorder()
+    recorder = Recorder()
     with recorder:
         for check in CHECKS.values():
             check()
