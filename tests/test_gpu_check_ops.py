@@ -95,7 +95,8 @@ class FakeGraph:
         for function, args, kwargs, results in self.calls:
             again = function(*args, **kwargs)
             for target, value in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                target.copy_(value)
+                if isinstance(target, torch.Tensor):
+                    target.copy_(value)
 
 
 class FakeCapture(TorchDispatchMode):
