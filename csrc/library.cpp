@@ -2,12 +2,25 @@
 #include "common.h"
 
 STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
+  // logits: levels [N, C, H, W]; labels, quality: [N, L], L over all levels
   m.def(
-      "sigmoid_focal_loss(Tensor logits, Tensor labels, Tensor? normalizer, float alpha, "
-      "float gamma, bool reduce) -> Tensor");
-  m.def(
-      "sigmoid_focal_loss_backward(Tensor grad, Tensor logits, Tensor labels, Tensor? normalizer, "
+      "sigmoid_focal_loss(Tensor[] logits, Tensor labels, Tensor? quality, Tensor? normalizer, "
       "float alpha, float gamma) -> Tensor");
+  m.def(
+      "sigmoid_focal_loss_backward(Tensor grad, Tensor[] logits, Tensor labels, Tensor? quality, "
+      "Tensor? normalizer, float alpha, float gamma) -> Tensor[]");
+  m.def(
+      "sigmoid_focal_loss_with_gradient(Tensor[] logits, Tensor labels, Tensor? quality, "
+      "Tensor? normalizer, float alpha, float gamma) -> (Tensor, Tensor[])");
+  m.def(
+      "sigmoid_focal_loss_rescale_(Tensor(a!)[] gradients, Tensor grad, Tensor[] logits, "
+      "Tensor labels, Tensor? quality, Tensor? normalizer, float alpha, float gamma) -> ()");
+  m.def(
+      "sigmoid_focal_loss_each(Tensor[] logits, Tensor labels, Tensor? quality, float alpha, "
+      "float gamma) -> Tensor[]");
+  m.def(
+      "sigmoid_focal_loss_each_backward(Tensor[] grads, Tensor[] logits, Tensor labels, "
+      "Tensor? quality, float alpha, float gamma) -> Tensor[]");
   m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
       "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "

@@ -67,6 +67,67 @@ FCOS_INLINE float exp_nonpositive(float x) {
 #endif
 }
 
+// e^x for any x: 0 or infinity where float has nothing else.
+FCOS_INLINE double exponential(double x) { return std::exp(x); }
+FCOS_INLINE float exponential(float x) {
+  const float t = x * 1.44269504088896341f;
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+  return y;
+#else
+  // As above. n = 128 makes the bits of infinity.
+  const float low = t < -126.0f ? -126.0f : t;
+  const float clamped = low > 128.0f ? 128.0f : low;
+  const float shifted = clamped + 12582912.0f;
+  const float f = (clamped - (shifted - 12582912.0f)) * 0.693147180559945309f;
+  float series = 1.0f / 5040.0f;
+  series = series * f + 1.0f / 720.0f;
+  series = series * f + 1.0f / 120.0f;
+  series = series * f + 1.0f / 24.0f;
+  series = series * f + 1.0f / 6.0f;
+  series = series * f + 0.5f;
+  series = series * f + 1.0f;
+  series = series * f + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power * series;
+#endif
+}
+
+// log(x) for a normal x > 0, to an absolute error of a few 1e-7 near 1 and a relative one beyond.
+FCOS_INLINE double logarithm(double x) { return std::log(x); }
+FCOS_INLINE float logarithm(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return 0.693147180559945309f * y;
+#else
+  // x = 2^n (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) / f by a polynomial:
+  // Chebyshev interpolation of degree 8, error 3e-8.
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t n = (bits - 0x3f3504f3) >> 23;
+  bits -= static_cast<int32_t>(static_cast<uint32_t>(n) << 23);
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  f -= 1.0f;
+  float series = 0.0874394535f;
+  series = series * f - 0.143773306f;
+  series = series * f + 0.149490955f;
+  series = series * f - 0.165606960f;
+  series = series * f + 0.199569775f;
+  series = series * f - 0.250021535f;
+  series = series * f + 0.333341833f;
+  series = series * f - 0.499999870f;
+  series = series * f + 0.999999974f;
+  return static_cast<float>(n) * 0.693147180559945309f + series * f;
+#endif
+}
+
 // log(1 + e) for 0 <= e <= 1, to full relative accuracy however small e is.
 FCOS_INLINE double log1p_unit(double e) { return std::log1p(e); }
 FCOS_INLINE float log1p_unit(float e) {

@@ -1,17 +1,30 @@
 // Sigmoid focal loss of one logit, the one source of the formula for CPU and CUDA.
-// Lin et al., "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, eq. 5:
-//   FL = -alpha_t (1 - p_t)^gamma log(p_t)
 //
-// Of a negative this is (1 - alpha) L(x), of a positive alpha L(-x), with
-//   L(x)  = p^gamma s                     p = sigmoid(x), q = 1 - p, s = log(1 + e^x)
-//   L'(x) = p^gamma (p + gamma q s)
-// p, q and s all come from e = e^-|x| without subtracting close numbers, so that nothing is lost,
-// and nothing overflows, however large |x| is.
+// Of a negative, Lin et al., "Focal Loss for Dense Object Detection",
+// https://arxiv.org/abs/1708.02002, eq. 5, with p = sigmoid(x) and s = log(1 + e^x):
+//   L(x)  = p^gamma s
+//   L'(x) = p^gamma (p + gamma (1 - p) s)
+// Of a positive, whose target is y (1, or the quality of its box), Li et al., "Generalized Focal
+// Loss", https://arxiv.org/abs/2006.04388, eq. 6:
+//   L(x, y)  = |p - y|^gamma (s - y x)
+// The weights, alpha of a positive and 1 - alpha of a negative, are left to the caller.
+//
+// Almost all logits are negatives. The kernels therefore treat whole runs of them as such, after
+// putting kNever in the place of what is none, and turn to the few positives afterwards.
 #pragma once
 
 #include "math.h"
 
 namespace fcos_ext {
+
+// What a call computes. "Each" is about every single loss, the others about their sum.
+enum class Work { kSum, kSumAndGradient, kGradient, kEach, kEachGradient };
+
+constexpr bool sums(Work w) { return w == Work::kSum || w == Work::kSumAndGradient; }
+constexpr bool writes(Work w) { return w != Work::kSum; }
+
+// A logit whose loss and derivative are exactly 0, in every dtype.
+constexpr float kNever = -1e4f;
 
 // gamma as a type: the usual value is compiled in.
 struct GammaTwo {
@@ -33,53 +46,82 @@ struct GammaAny {
   }
   template <typename T>
   FCOS_INLINE T power(T /*p*/, T log_p) const {
-    return exp_nonpositive(T(gamma) * log_p);
+    return exponential(T(gamma) * log_p);
   }
 };
 
 template <typename T>
 struct Logistic {
-  T p, q;      // sigmoid(x), sigmoid(-x)
+  T p;         // sigmoid(x)
   T softplus;  // log(1 + e^x)
-  T log_p;     // log(p)
 };
 
+FCOS_INLINE Logistic<double> logistic(double x) {
+  const bool positive = x > 0;
+  const double e = std::exp(positive ? -x : x);
+  return {(positive ? 1.0 : e) / (1.0 + e), (positive ? x : 0.0) + std::log1p(e)};
+}
+
+// Both to a few 1e-7 of themselves, however small.
+FCOS_INLINE Logistic<float> logistic(float x) {
+  const float a = 1.0f + exponential(-x);
+  const float p = reciprocal(a);
+  // softplus = x + log(a) = -log(1 - p). Where the first would cancel, a polynomial for the second
+  // takes over: Chebyshev interpolation on [0, 3/16], error 4e-7.
+  float series = 0.280115336f * p + 0.239846430f;
+  series = series * p + 0.333729375f;
+  series = series * p + 0.499997623f;
+  series = (series * p + 1.0f) * p;
+  return {p, p < 0.1875f ? series : x + logarithm(a)};
+}
+
 template <typename T>
-FCOS_INLINE Logistic<T> logistic(T x) {
-  const T magnitude = x < T(0) ? -x : x;
-  const T e = exp_nonpositive(-magnitude);
-  const T r = reciprocal(T(1) + e);
-  const T er = e * r;
-  const T l = log1p_unit(e);
-  const bool positive = x >= T(0);
-  return {positive ? r : er, positive ? er : r, (positive ? x : T(0)) + l,
-          (positive ? T(0) : x) - l};
-}
+struct Term {
+  T loss, derivative;
+};
 
-// L(x).
+// L(x) and L'(x).
 template <typename T, typename Gamma>
-FCOS_INLINE T focal_loss(T x, Gamma gamma) {
-  const Logistic<T> s = logistic(x);
-  return gamma.power(s.p, s.log_p) * s.softplus;
+FCOS_INLINE Term<T> negative_term(T x, Gamma gamma) {
+  const Logistic<T> l = logistic(x);
+  const T power = gamma.power(l.p, x - l.softplus);
+  const T qs = l.softplus - l.p * l.softplus;
+  return {power * l.softplus, power * (l.p + gamma.template value<T>() * qs)};
 }
 
-// L'(x).
+// L(x, y) and its derivative in x, which where |p - y| has a kink is 0.
 template <typename T, typename Gamma>
-FCOS_INLINE T focal_loss_derivative(T x, Gamma gamma) {
-  const Logistic<T> s = logistic(x);
-  return gamma.power(s.p, s.log_p) * (s.p + gamma.template value<T>() * s.q * s.softplus);
+FCOS_INLINE Term<T> positive_term(T x, T y, Gamma gamma) {
+  // L(x, y) = L(-x, 1 - y): with x <= 0, p and s are small numbers known to full precision.
+  const bool mirrored = x > T(0);
+  const T z = mirrored ? -x : x, target = mirrored ? T(1) - y : y;
+  const Logistic<T> l = logistic(z);
+  const T d = l.p - target;
+  const T distance = d < T(0) ? -d : d;
+  const T tiny = T(1e-37f);
+  const T power = gamma.power(distance, logarithm(distance > tiny ? distance : tiny));
+  const T entropy = l.softplus - target * z;
+  const T bend = gamma.template value<T>() * (T(1) - l.p) * entropy * (l.p * reciprocal(d));
+  const T slope = distance > tiny ? power * (d + bend) : T(0);
+  return {power * entropy, mirrored ? -slope : slope};
 }
 
-// The label of each row of logits, int64 or int32: in [0, C) the positive class, -1 all C are
-// negative, and anything else takes no part (-2 by convention).
-constexpr int64_t kBackground = -1;
+// The label of each location, int64 or int32: in [0, C) its positive class, -1 all C are negative,
+// and anything else takes no part (-2 by convention).
+constexpr int kBackground = -1;
+constexpr int kIgnored = -2;
 
 struct Labels {
   const void* data;
   bool is_int64;
-  FCOS_INLINE int64_t operator[](int64_t row) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[row]
-                    : int64_t(static_cast<const int32_t*>(data)[row]);
+  // In 32 bits, kIgnored for all that take no part.
+  FCOS_INLINE int at(int64_t location, int num_classes) const {
+    const int64_t label = is_int64 ? static_cast<const int64_t*>(data)[location]
+                                   : int64_t(static_cast<const int32_t*>(data)[location]);
+    // one comparison for -1 <= label < num_classes
+    return static_cast<uint64_t>(label) + 1 <= static_cast<uint64_t>(num_classes)
+               ? static_cast<int>(label)
+               : kIgnored;
   }
 };
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -10,120 +11,254 @@ from torch import Tensor
 from ._library import kernels, register
 
 _DEVICES = kernels("sigmoid_focal_loss")
+#: As many as the kernels take in one launch.
+MAX_LEVELS = 8
+
+Reduction = Literal["none", "mean", "sum"]
+F = TypeVar("F")
 
 
+def _typed_like(function: F) -> Callable[[Callable[..., Any]], F]:
+    """For type checkers: what is decorated has the overloads of ``function``."""
+    return lambda other: cast(F, other)
+
+
+@overload
 def sigmoid_focal_loss(
     logits: Tensor,
+    labels: Tensor,
+    alpha: float = ...,
+    gamma: float = ...,
+    *,
+    quality: Tensor | None = ...,
+    reduction: Reduction = ...,
+    normalizer: Tensor | None = ...,
+    fused_gradient: bool = ...,
+) -> Tensor: ...
+@overload
+def sigmoid_focal_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    alpha: float = ...,
+    gamma: float = ...,
+    *,
+    quality: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    normalizer: Tensor | None = ...,
+    fused_gradient: bool = ...,
+) -> Tensor: ...
+@overload
+def sigmoid_focal_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    alpha: float = ...,
+    gamma: float = ...,
+    *,
+    quality: Tensor | None = ...,
+    reduction: Literal["none"],
+    normalizer: Tensor | None = ...,
+    fused_gradient: bool = ...,
+) -> list[Tensor]: ...
+def sigmoid_focal_loss(
+    logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     alpha: float = 0.25,
     gamma: float = 2.0,
     *,
-    reduction: Literal["none", "mean", "sum"] = "sum",
+    quality: Tensor | None = None,
+    reduction: Reduction = "sum",
     normalizer: Tensor | None = None,
-) -> Tensor:
-    """Focal loss of C independent binary classifiers a row, ``-alpha_t (1 - p_t)^gamma log(p_t)``.
+    fused_gradient: bool = False,
+) -> Tensor | list[Tensor]:
+    """Focal loss of C binary classifiers a location, ``-alpha_t (1 - p_t)^gamma log(p_t)``.
 
-    A row's label names its one positive class, so that no one-hot tensor is ever made. The loss is
-    computed in float32 (float64 for float64 logits) and rounded once, for any finite logit without
-    overflow or loss of small values. The gradient is recomputed from the logits: nothing but them
-    is kept for it. It flows to ``logits`` only, and is itself not differentiable.
+    A location's label names its one positive class, so that no one-hot tensor is ever made. The
+    loss is computed in float32 (float64 for float64 logits) and rounded once, for any finite logit
+    without overflow or loss of small values. The gradient is recomputed from the logits: nothing
+    but them is kept for it. It flows to ``logits`` only, and is itself not differentiable.
+
+    The outputs of a head are taken as they are, level by level: nothing is permuted, joined or
+    copied, all levels are one launch, and each gradient has the memory format of its level.
 
     Under autocast the logits are taken in the dtype they come in.
 
     Args:
-        logits (Tensor[..., C]): raw scores: float32, float64, float16 or bfloat16.
-        labels (Tensor[...]): int64 or int32. 0..C-1 the positive class of the row, -1 background
-            (every class negative); a row with any other label, by convention -2, is ignored: its
-            loss and gradient are zero.
-        alpha: weight of a positive, in 0..1; a negative has ``1 - alpha``.
+        logits (Tensor[..., C], or a sequence of 1 to 8 Tensor[N, C, H_l, W_l]): raw scores:
+            float32, float64, float16 or bfloat16. Levels may each be contiguous or channels_last;
+            any other layout is copied.
+        labels (Tensor[...] or Tensor[N, L]): int64 or int32; for levels, L counts the locations of
+            all of them, each row by row. 0..C-1 the positive class, -1 background (every class
+            negative); a location with any other label, by convention -2, is ignored: its loss and
+            gradient are zero.
+        alpha: weight of a positive, in 0..1; a negative has ``1 - alpha``. -1: both have 1.
         gamma: focusing exponent, >= 0; 0 gives the weighted binary cross-entropy.
-        reduction: "sum"; "mean", over the logits of all rows that are not ignored (0 if there are
-            none); or "none".
+        quality (Tensor, like labels, optional): soft target in 0..1 of the positive class, such as
+            the overlap of its box: the term of that class becomes ``|y - p|^gamma BCE(p, y)`` with
+            the same weight (quality focal loss, Li et al., https://arxiv.org/abs/2006.04388,
+            eq. 6). 1 is the ordinary loss. What it says elsewhere does not matter.
+        reduction: "sum"; "mean", over the logits of all locations that are not ignored (0 if there
+            are none); or "none".
         normalizer (Tensor[], optional): with "sum": the sum is divided by ``max(normalizer, 1)``,
             on the device. Usually the number of positives.
+        fused_gradient: for "sum" and "mean": the forward pass computes the gradient as well, from
+            the same read of the logits. A backward pass whose incoming gradient is exactly 1 then
+            has nothing left to do; with any other (a loss that is scaled for float16, or weighed
+            against others) it recomputes, as it does the second time through the same graph.
+            Faster if the loss is summed and ``backward()`` called on it, and the logits are
+            needed anyway, at the price of memory for the gradient from the forward pass on.
+            Without effect under ``torch.compile`` and where no gradient is asked for.
 
     Returns:
-        Tensor[]: the reduced loss, float32 (float64 for float64 logits); or, for "none",
-        Tensor[..., C]: the loss of each logit, in the dtype of the logits.
+        Tensor[]: the reduced loss, float32 (float64 for float64 logits); or, for "none", the loss
+        of each logit, in the dtype and shape of ``logits``, for levels as a list.
 
     Raises:
         ValueError: an argument is out of its range or has the wrong shape.
         TypeError: logits are not floating point, or labels are not integers.
     """
-    _check(logits, labels, alpha, gamma, reduction, normalizer)
-    if logits.device.type not in _DEVICES:
-        return sigmoid_focal_loss_ref(
-            logits, labels, alpha, gamma, reduction=reduction, normalizer=normalizer
-        )
+    _check(logits, labels, alpha, gamma, quality, reduction, normalizer)
+    levels = [logits] if isinstance(logits, Tensor) else list(logits)
+    if levels[0].device.type not in _DEVICES:
+        return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
+    dtype = _sum_dtype(levels[0])
+    if quality is not None:
+        quality = quality.detach().to(dtype)
+    if isinstance(logits, Tensor):  # locations one by one, in one column
+        levels = [logits.reshape(labels.numel(), logits.shape[-1], 1, 1)]
+        labels = labels.reshape(-1, 1)
+        quality = None if quality is None else quality.reshape(-1, 1)
+
+    if reduction == "none":
+        each = torch.ops.fcos_ext.sigmoid_focal_loss_each(levels, labels, quality, alpha, gamma)
+        return each[0].view(logits.shape) if isinstance(logits, Tensor) else list(each)
     if reduction == "mean":
-        normalizer = _num_participating(logits, labels)
+        normalizer = _num_participating(labels, levels[0].shape[1])
     if normalizer is not None:
-        normalizer = normalizer.detach().to(_sum_dtype(logits))
-    reduce = reduction != "none"
-    return torch.ops.fcos_ext.sigmoid_focal_loss(logits, labels, normalizer, alpha, gamma, reduce)
+        normalizer = normalizer.detach().to(dtype)
+    if (
+        fused_gradient
+        and torch.is_grad_enabled()
+        and any(level.requires_grad for level in levels)
+        and not torch.compiler.is_compiling()
+    ):
+        return _FusedGradient.apply(labels, quality, normalizer, alpha, gamma, *levels)
+    return torch.ops.fcos_ext.sigmoid_focal_loss(levels, labels, quality, normalizer, alpha, gamma)
 
 
+@_typed_like(sigmoid_focal_loss)
 def sigmoid_focal_loss_ref(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     alpha: float = 0.25,
     gamma: float = 2.0,
     *,
-    reduction: Literal["none", "mean", "sum"] = "sum",
+    quality: Tensor | None = None,
+    reduction: Reduction = "sum",
     normalizer: Tensor | None = None,
+    fused_gradient: bool = False,
+) -> Tensor | list[Tensor]:
+    """Same contract as :func:`sigmoid_focal_loss`, in plain PyTorch, differentiable twice.
+
+    ``fused_gradient`` has no effect.
+    """
+    return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
+
+
+def _reference(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    alpha: float,
+    gamma: float,
+    quality: Tensor | None,
+    reduction: Reduction,
+    normalizer: Tensor | None,
+) -> Tensor | list[Tensor]:
+    if isinstance(logits, Tensor):
+        each = _each_ref(logits, labels, alpha, gamma, quality)
+    else:  # [N, L, C], as the labels
+        rows = torch.cat([level.flatten(2).transpose(1, 2) for level in logits], dim=1)
+        each = _each_ref(rows, labels, alpha, gamma, quality)
+    if reduction == "none" and isinstance(logits, Tensor):
+        return each.to(logits.dtype)
+    if reduction == "none":
+        parts = each.split([level[0, 0].numel() for level in logits], dim=1)
+        pairs = zip(parts, logits, strict=True)
+        return [part.transpose(1, 2).reshape(level.shape).to(level.dtype) for part, level in pairs]
+    if reduction == "mean":
+        normalizer = _num_participating(labels, each.shape[-1])
+    total = each.sum()
+    return total if normalizer is None else total / normalizer.detach().to(total).clamp(min=1)
+
+
+def _each_ref(
+    logits: Tensor, labels: Tensor, alpha: float, gamma: float, quality: Tensor | None
 ) -> Tensor:
-    """Same contract as :func:`sigmoid_focal_loss`, in plain PyTorch, differentiable twice."""
+    """Loss of each logit [..., C], in the dtype of sums."""
     x = logits.to(_sum_dtype(logits))
     positive = labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
     # log(p_t) = -softplus(-z), with z the logit of the right answer
     z = torch.where(positive, x, -x)
     # tensors of this dtype: where() makes float32 of two numbers
-    alpha_t = torch.where(positive, x.new_full((), alpha), x.new_full((), 1 - alpha))
+    weights = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
+    alpha_t = torch.where(positive, *(x.new_full((), weight) for weight in weights))
     # logsigmoid keeps what 1 - p_t and log(p_t) would lose to cancellation
     log_p_t = torch.nn.functional.logsigmoid(z)
     loss = alpha_t * torch.exp(gamma * torch.nn.functional.logsigmoid(-z)) * -log_p_t
+    if quality is not None:
+        y = quality.detach().to(x).unsqueeze(-1)
+        # with a floor, below which the gradient is 0 and not 0 times infinity
+        distance = (x.sigmoid() - y).abs().clamp(min=torch.finfo(x.dtype).tiny)
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+            x, y.expand_as(x), reduction="none"
+        )
+        loss = torch.where(positive, alpha_t * distance**gamma * entropy, loss)
     counts = ((labels >= -1) & (labels < x.shape[-1])).unsqueeze(-1)
-    loss = torch.where(counts, loss, torch.zeros_like(loss))
-    if reduction == "none":
-        return loss.to(logits.dtype)
-    if reduction == "mean":
-        normalizer = _num_participating(logits, labels)
-    total = loss.sum()
-    return total if normalizer is None else total / normalizer.detach().to(total).clamp(min=1)
+    return torch.where(counts, loss, torch.zeros_like(loss))
 
 
 def _sum_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _num_participating(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of logits (0-d) in rows that are not ignored."""
-    rows = ((labels >= -1) & (labels < logits.shape[-1])).sum()
-    return rows.to(_sum_dtype(logits)) * logits.shape[-1]
+def _num_participating(labels: Tensor, num_classes: int) -> Tensor:
+    """Number of logits (0-d) at locations that are not ignored."""
+    return ((labels >= -1) & (labels < num_classes)).sum() * num_classes
 
 
 def _check(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     alpha: float,
     gamma: float,
+    quality: Tensor | None,
     reduction: str,
     normalizer: Tensor | None,
 ) -> None:
     op = "sigmoid_focal_loss"
-    if not logits.is_floating_point():
-        raise TypeError(f"{op}: logits must be floating point, got {logits.dtype}")
+    if isinstance(logits, Tensor):
+        dtype = logits.dtype
+        if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{op}: labels must have the shape of logits without its last dimension, got "
+                f"labels {tuple(labels.shape)} and logits {tuple(logits.shape)}"
+            )
+    else:
+        dtype = _check_levels(op, logits, labels)
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: logits must be floating point, got {dtype}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{op}: labels must have the shape of logits without its last dimension, got labels "
-            f"{tuple(labels.shape)} and logits {tuple(logits.shape)}"
-        )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{op}: alpha must lie in 0..1, got {alpha}")
+    if alpha != -1 and not 0 <= alpha <= 1:
+        raise ValueError(f"{op}: alpha must lie in 0..1, or be -1 for no weights, got {alpha}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"{op}: gamma must be finite and >= 0, got {gamma}")
+    if quality is not None and not quality.is_floating_point():
+        raise TypeError(f"{op}: quality must be floating point, got {quality.dtype}")
+    if quality is not None and quality.shape != labels.shape:
+        raise ValueError(
+            f"{op}: quality must have the shape of labels, got quality {tuple(quality.shape)} and "
+            f"labels {tuple(labels.shape)}"
+        )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if normalizer is not None and reduction != "sum":
@@ -134,42 +269,118 @@ def _check(
         )
 
 
-def _fake(
-    logits: Tensor,
-    labels: Tensor,
-    normalizer: Tensor | None,
-    alpha: float,
-    gamma: float,
-    reduce: bool,
-) -> Tensor:
-    if reduce:
-        return logits.new_empty((), dtype=_sum_dtype(logits))
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _check_levels(op: str, logits: Sequence[Tensor], labels: Tensor) -> torch.dtype:
+    if not 1 <= len(logits) <= MAX_LEVELS:
+        raise ValueError(f"{op}: logits must have 1 to {MAX_LEVELS} levels, got {len(logits)}")
+    shapes = [tuple(level.shape) for level in logits]
+    if any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):
+        raise ValueError(f"{op}: levels must be [N, C, H_l, W_l] of the same N and C, got {shapes}")
+    dtypes = [level.dtype for level in logits]
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        raise TypeError(f"{op}: all levels must have the same dtype, got {dtypes}")
+    expected = (shapes[0][0], sum(shape[2] * shape[3] for shape in shapes))
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"{op}: labels must be [N, L] = {expected}, a label for each location of all levels, "
+            f"got {tuple(labels.shape)}"
+        )
+    return dtypes[0]
 
 
-def _fake_backward(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    normalizer: Tensor | None,
-    alpha: float,
-    gamma: float,
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _new_like(x: Tensor) -> Tensor:
+    """As the kernels make a result: in the layout of ``x``, contiguous if that has gaps."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.preserve_format if dense else torch.contiguous_format
+    return torch.empty_like(x, memory_format=memory_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, labels, normalizer, ctx.alpha, ctx.gamma, _ = inputs
-    ctx.save_for_backward(logits, labels, normalizer)
+# ---- the operators: shapes and gradients --------------------------------------------------------
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    logits, labels, normalizer = ctx.saved_tensors
-    grad_logits = torch.ops.fcos_ext.sigmoid_focal_loss_backward(
-        grad, logits, labels, normalizer, ctx.alpha, ctx.gamma
+def _fake(logits: Sequence[Tensor], *others: Any) -> Tensor:
+    return logits[0].new_empty((), dtype=_sum_dtype(logits[0]))
+
+
+def _fake_backward(grad: Tensor | Sequence[Tensor], logits: Sequence[Tensor], *others: Any) -> Any:
+    return [_new_like(level) for level in logits]
+
+
+def _fake_with_gradient(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:
+    return _fake(logits), _fake_backward((), logits)
+
+
+def _fake_rescale_(*arguments: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, *others, ctx.alpha, ctx.gamma = inputs
+    ctx.save_for_backward(*others, *logits)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    labels, quality, normalizer, *logits = ctx.saved_tensors
+    gradients = torch.ops.fcos_ext.sigmoid_focal_loss_backward(
+        grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
     )
-    return grad_logits, None, None, None, None, None
+    return gradients, None, None, None, None, None
+
+
+def _each_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    labels, quality, *logits = ctx.saved_tensors
+    gradients = torch.ops.fcos_ext.sigmoid_focal_loss_each_backward(
+        grads, logits, labels, quality, ctx.alpha, ctx.gamma
+    )
+    return gradients, None, None, None, None
+
+
+class _FusedGradient(torch.autograd.Function):
+    """The reduced loss, whose gradient is made along with it.
+
+    The buffer of the gradient is handed over at the first backward pass, and from then on belongs
+    to whoever received it; later passes make their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor,
+        quality: Tensor | None,
+        normalizer: Tensor | None,
+        alpha: float,
+        gamma: float,
+        *logits: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(labels, quality, normalizer, *logits)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        loss, ctx.gradients = torch.ops.fcos_ext.sigmoid_focal_loss_with_gradient(
+            logits, labels, quality, normalizer, alpha, gamma
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        # With create_graph=True the operator is called, so that its second derivative can raise.
+        if gradients is None or torch.is_grad_enabled():
+            gradients, *_ = _backward(ctx, grad)
+        else:
+            labels, quality, normalizer, *logits = ctx.saved_tensors
+            torch.ops.fcos_ext.sigmoid_focal_loss_rescale_(
+                gradients, grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
+            )
+        return None, None, None, None, None, *gradients
 
 
 register("sigmoid_focal_loss", fake=_fake, setup_context=_setup_context, backward=_backward)
 register("sigmoid_focal_loss_backward", fake=_fake_backward)
+register("sigmoid_focal_loss_with_gradient", fake=_fake_with_gradient)
+register(
+    "sigmoid_focal_loss_each",
+    fake=lambda logits, *others: _fake_backward((), logits),
+    setup_context=_setup_context,
+    backward=_each_backward,
+)
+register("sigmoid_focal_loss_each_backward", fake=_fake_backward)
+if _DEVICES:  # it writes into its argument, for which there is no gradient to register
+    torch.library.register_fake("fcos_ext::sigmoid_focal_loss_rescale_", _fake_rescale_)

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../sigmoid_focal_loss_args.h"
+#include "../sigmoid_focal_loss_ops.h"
 #include "simd.h"
 
 namespace fcos_ext {
@@ -15,222 +15,223 @@ namespace {
 // Logits of one work item. A fixed size, whatever the number of threads, makes the sum the same
 // to the bit on any of them.
 constexpr int64_t kTile = 16384;
-// Logits that are converted to the type of the computation at a time; they stay in L1.
-constexpr int64_t kBlock = 512;
+// Logits that are computed at a time, in buffers that stay in the L1 cache.
+constexpr int64_t kBlock = 1024;
+// Loops run over multiples of this, so that no vector is left in part.
+constexpr int64_t kPadding = 16;
+// Locations of a tile whose labels are gathered.
+constexpr int64_t kMaxRows = 2048;
 
-// Splits rows [begin, end) of C logits into stretches that are treated alike, as ranges of flat
-// indices: negatives(i, j), ignored(i, j), and one positive(i) at a time. Almost all rows are
-// background, so that the stretches are long and a loop over one has nothing to decide.
-template <typename Negatives, typename Ignored, typename Positive>
-FCOS_INLINE void visit_rows(const Labels labels, int64_t begin, int64_t end, int64_t C,
-                            const Negatives& negatives, const Ignored& ignored,
-                            const Positive& positive) {
-  int64_t start = begin * C;  // of the stretch of negatives that is still open
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t label = labels[row];
-    if (label == kBackground) continue;
-    if (label >= 0 && label < C) {
-      const int64_t i = row * C + label;
-      negatives(start, i);
-      positive(i);
-      start = i + 1;
-    } else {
-      negatives(start, row * C);
-      ignored(row * C, (row + 1) * C);
-      start = (row + 1) * C;
-    }
-  }
-  negatives(start, end * C);
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename scalar_t>
+double value_of(const std::optional<Tensor>& scalar, double otherwise) {
+  return scalar ? double(*static_cast<const acc_t<scalar_t>*>(scalar->const_data_ptr()))
+                : otherwise;
 }
 
-// Calls body(x, n, i) with the logits i .. i + n of [begin, end), converted to acc, block by block.
-template <typename acc, typename scalar_t, typename Body>
-FCOS_INLINE void for_each_block(const scalar_t* logits, int64_t begin, int64_t end,
-                                const Body& body) {
-  acc x[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int n = static_cast<int>(std::min(kBlock, end - i));
-    for (int k = 0; k < n; ++k) x[k] = static_cast<acc>(logits[i + k]);
-    body(x, n, i);
-  }
-}
-
-// Sum over rows [begin, end).
-template <typename scalar_t, typename Gamma>
-FCOS_INLINE double sum_rows(const scalar_t* logits, Labels labels, int64_t begin, int64_t end,
-                            int64_t C, acc_t<scalar_t> alpha, Gamma gamma) {
+// One level of a call. Its tiles are
+//   classes innermost:   rows_per_tile whole locations, seen as one run of memory
+//   positions innermost: kBlock positions of an image (or all) by planes_per_tile classes
+template <Work kWork, typename scalar_t, typename Gamma>
+struct LevelWorker {
   using acc = acc_t<scalar_t>;
-  double negatives = 0, positives = 0;
-  visit_rows(
-      labels, begin, end, C,
-      [&](int64_t i, int64_t j) {
-        for_each_block<acc>(logits, i, j, [&](const acc* x, int n, int64_t) {
-          acc sum = 0;
+
+  const scalar_t* logits = nullptr;
+  const scalar_t* grads = nullptr;  // kEachGradient
+  scalar_t* out = nullptr;
+  int64_t images, positions, C, labels_per_image, first_label;
+  Labels labels;
+  const acc* quality = nullptr;
+  acc positive_weight, negative_weight, scale;
+  Gamma gamma;
+  bool planes;
+  int64_t rows_per_tile = 0, planes_per_tile = 0, blocks = 0, chunks = 0;
+  int64_t first_tile = 0, tiles = 0;
+
+  LevelWorker(const FocalCall& call, const FocalLevel& level, double scale, Gamma gamma)
+      : logits(level.logits.template const_data_ptr<scalar_t>()),
+        images(call.images),
+        positions(level.positions),
+        C(call.classes),
+        labels_per_image(call.labels_per_image),
+        first_label(level.first_label),
+        labels(labels_of(call)),
+        positive_weight(static_cast<acc>(call.positive_weight)),
+        negative_weight(static_cast<acc>(call.negative_weight)),
+        scale(static_cast<acc>(scale)),
+        gamma(gamma),
+        planes(level.planes) {
+    if constexpr (kWork == Work::kEachGradient)
+      grads = level.grad.template const_data_ptr<scalar_t>();
+    if constexpr (writes(kWork)) out = Tensor(level.out).mutable_data_ptr<scalar_t>();
+    if (call.quality) quality = call.quality->template const_data_ptr<acc>();
+    if (level.logits.numel() == 0) return;
+    rows_per_tile = std::clamp<int64_t>(kTile / C, 1, kMaxRows);
+    blocks = divide_up(positions, kBlock);
+    planes_per_tile = std::clamp<int64_t>(kTile / std::min(positions, kBlock), 1, C);
+    chunks = divide_up(C, planes_per_tile);
+    tiles = planes ? images * blocks * chunks : divide_up(images * positions, rows_per_tile);
+  }
+
+  // Weighted sum of the losses of a tile.
+  FCOS_INLINE double run_tile(int64_t tile) const {
+    return planes ? run_planes(tile) : run_rows(tile);
+  }
+
+  // Works on n logits in x, all negatives or kNever, that come from index i of the level. Returns
+  // the sum of their losses, not weighted.
+  FCOS_INLINE acc negatives(acc* x, int64_t n, int64_t i) const {
+    const int size = static_cast<int>(divide_up(n, kPadding) * kPadding);
+    for (int k = static_cast<int>(n); k < size; ++k) x[k] = acc(kNever);
+    const acc factor = scale * negative_weight;
+    acc sum = 0;
+    if constexpr (kWork == Work::kSum) {
 #pragma omp simd reduction(+ : sum)
-          for (int k = 0; k < n; ++k) sum += focal_loss(x[k], gamma);
-          negatives += sum;
-        });
-      },
-      [](int64_t, int64_t) {},
-      [&](int64_t i) { positives += focal_loss(-static_cast<acc>(logits[i]), gamma); });
-  return double(acc(1) - alpha) * negatives + double(alpha) * positives;
-}
+      for (int k = 0; k < size; ++k) sum += negative_term(x[k], gamma).loss;
+      return sum;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int k = 0; k < size; ++k) {
+      const Term<acc> term = negative_term(x[k], gamma);
+      sum += term.loss;
+      x[k] = factor * (kWork == Work::kEach ? term.loss : term.derivative);
+    }
+    if constexpr (kWork == Work::kEachGradient)
+      // nothing times a gradient that is not finite is nothing, too
+      for (int k = 0; k < n; ++k)
+        x[k] = x[k] == acc(0) ? acc(0) : x[k] * static_cast<acc>(grads[i + k]);
+    for (int k = 0; k < n; ++k) out[i + k] = static_cast<scalar_t>(x[k]);
+    return sum;
+  }
 
-// out = loss of each logit of rows [begin, end).
-template <typename scalar_t, typename Gamma>
-FCOS_INLINE void loss_rows(const scalar_t* logits, Labels labels, scalar_t* out, int64_t begin,
-                           int64_t end, int64_t C, acc_t<scalar_t> alpha, Gamma gamma) {
-  using acc = acc_t<scalar_t>;
-  visit_rows(
-      labels, begin, end, C,
-      [&](int64_t i, int64_t j) {
-        for_each_block<acc>(logits, i, j, [&](const acc* x, int n, int64_t at) {
-          for (int k = 0; k < n; ++k)
-            out[at + k] = static_cast<scalar_t>((acc(1) - alpha) * focal_loss(x[k], gamma));
-        });
-      },
-      [&](int64_t i, int64_t j) { std::fill(out + i, out + j, scalar_t(0)); },
-      [&](int64_t i) {
-        out[i] = static_cast<scalar_t>(alpha * focal_loss(-static_cast<acc>(logits[i]), gamma));
-      });
-}
+  // Works on the positive at index i. Returns its loss, not weighted.
+  FCOS_INLINE acc positive(int64_t i, int64_t location) const {
+    const acc y = quality ? quality[location] : acc(1);
+    const Term<acc> term = positive_term(static_cast<acc>(logits[i]), y, gamma);
+    acc result = scale * positive_weight * (kWork == Work::kEach ? term.loss : term.derivative);
+    if constexpr (kWork == Work::kEachGradient) result *= static_cast<acc>(grads[i]);
+    if constexpr (writes(kWork)) out[i] = static_cast<scalar_t>(result);
+    return term.loss;
+  }
 
-// out = grad times the derivative of the loss of each logit of rows [begin, end), where grad is
-// scale, times grads[i] if that is given.
-template <typename scalar_t, typename Gamma>
-FCOS_INLINE void derivative_rows(const scalar_t* logits, Labels labels, const scalar_t* grads,
-                                 acc_t<scalar_t> scale, scalar_t* out, int64_t begin, int64_t end,
-                                 int64_t C, acc_t<scalar_t> alpha, Gamma gamma) {
-  using acc = acc_t<scalar_t>;
-  const acc negative = scale * (acc(1) - alpha), positive = -scale * alpha;
-  visit_rows(
-      labels, begin, end, C,
-      [&](int64_t i, int64_t j) {
-        for_each_block<acc>(logits, i, j, [&](const acc* x, int n, int64_t at) {
-          if (grads)
-            for (int k = 0; k < n; ++k)
-              out[at + k] = static_cast<scalar_t>(negative * static_cast<acc>(grads[at + k]) *
-                                                  focal_loss_derivative(x[k], gamma));
-          else
-            for (int k = 0; k < n; ++k)
-              out[at + k] = static_cast<scalar_t>(negative * focal_loss_derivative(x[k], gamma));
-        });
-      },
-      [&](int64_t i, int64_t j) { std::fill(out + i, out + j, scalar_t(0)); },
-      [&](int64_t i) {
-        const acc grad = grads ? positive * static_cast<acc>(grads[i]) : positive;
-        out[i] = static_cast<scalar_t>(grad *
-                                       focal_loss_derivative(-static_cast<acc>(logits[i]), gamma));
-      });
-}
+  FCOS_INLINE int64_t label_index(int64_t row) const {
+    return row / positions * labels_per_image + first_label + row % positions;
+  }
 
-// Calls f(begin, end, tile) for every tile of rows, on all threads, each compiled for this CPU.
-template <typename F>
-void for_each_tile(int64_t rows, int64_t C, const F& f) {
-  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / C);
-  const int64_t tiles = (rows + rows_per_tile - 1) / rows_per_tile;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    with_cpu_isa([&] {
-      for (int64_t tile = first; tile < last; ++tile)
-        f(tile * rows_per_tile, std::min(rows, (tile + 1) * rows_per_tile), tile);
-    });
-  });
-}
+  FCOS_INLINE double run_rows(int64_t tile) const {
+    const int64_t first_row = tile * rows_per_tile;
+    const int64_t rows = std::min(rows_per_tile, images * positions - first_row);
+    int label[kMaxRows];
+    for (int64_t row = 0; row < rows;) {  // image by image, each a run of memory
+      const int64_t from = label_index(first_row + row);
+      const int64_t n = std::min(rows - row, positions - (first_row + row) % positions);
+      for (int64_t k = 0; k < n; ++k) label[row + k] = labels.at(from + k, static_cast<int>(C));
+      row += n;
+    }
 
-int64_t num_tiles(int64_t rows, int64_t C) {
-  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / C);
-  return (rows + rows_per_tile - 1) / rows_per_tile;
-}
-
-template <typename F>
-void dispatch_gamma(double gamma, const F& f) {
-  if (gamma == 2.0) return f(GammaTwo{});
-  f(GammaAny{gamma});
-}
-
-template <typename scalar_t>
-double value_of(const std::optional<Tensor>& scalar) {
-  return *static_cast<const acc_t<scalar_t>*>(scalar->const_data_ptr());
-}
-
-// A sum is divided by this: at least 1, so that a batch without positives is ordinary.
-template <typename scalar_t>
-double divisor(const std::optional<Tensor>& normalizer) {
-  return normalizer ? std::max(1.0, value_of<scalar_t>(normalizer)) : 1.0;
-}
-
-Tensor sigmoid_focal_loss_cpu(const Tensor& logits, const Tensor& labels,
-                              const std::optional<Tensor>& normalizer, double alpha, double gamma,
-                              bool reduce) {
-  check_sigmoid_focal_loss(logits, labels, normalizer);
-  const Tensor x = torch::stable::contiguous(logits);
-  const Tensor y = torch::stable::contiguous(labels);
-  const int64_t C = x.size(-1), rows = y.numel();
-  Tensor out =
-      reduce ? torch::stable::new_empty(x, {}, acc_dtype(x)) : torch::stable::empty_like(x);
-  dispatch_floating(x.scalar_type(), "sigmoid_focal_loss", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc = acc_t<scalar_t>;
-    const auto* logits_ptr = x.const_data_ptr<scalar_t>();
-    const Labels label_of = labels_of(y);
-    dispatch_gamma(gamma, [&](auto policy) {
-      if (!reduce) {
-        if (x.numel() == 0) return;
-        auto* out_ptr = out.mutable_data_ptr<scalar_t>();
-        for_each_tile(rows, C, [&](int64_t begin, int64_t end, int64_t) {
-          loss_rows(logits_ptr, label_of, out_ptr, begin, end, C, acc(alpha), policy);
-        });
-        return;
+    const int64_t first = first_row * C;
+    alignas(64) acc x[kBlock];
+    double negative_sum = 0, positive_sum = 0;
+    for (int64_t i = 0, row = 0; i < rows * C; i += kBlock) {
+      const int64_t n = std::min(kBlock, rows * C - i);
+      for (int64_t k = 0; k < n; ++k) x[k] = static_cast<acc>(logits[first + i + k]);
+      for (;; ++row) {
+        const int64_t begin = row * C - i;  // where in the block the row starts
+        if (label[row] == kIgnored)
+          std::fill(x + std::max<int64_t>(begin, 0), x + std::min(begin + C, n), acc(kNever));
+        else if (label[row] >= 0 && begin + label[row] >= 0 && begin + label[row] < n)
+          x[begin + label[row]] = acc(kNever);
+        if (begin + C > n) break;  // goes on in the next block
+        if (begin + C == n) {
+          ++row;
+          break;
+        }
       }
-      std::vector<double> partial(x.numel() == 0 ? 0 : num_tiles(rows, C));
-      if (!partial.empty())
-        for_each_tile(rows, C, [&](int64_t begin, int64_t end, int64_t tile) {
-          partial[tile] = sum_rows(logits_ptr, label_of, begin, end, C, acc(alpha), policy);
-        });
-      double sum = 0;
-      for (double p : partial) sum += p;
-      *out.mutable_data_ptr<acc>() = static_cast<acc>(sum / divisor<scalar_t>(normalizer));
+      negative_sum += negatives(x, n, first + i);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      if (label[row] >= 0)
+        positive_sum += positive(first + row * C + label[row], label_index(first_row + row));
+    return double(negative_weight) * negative_sum + double(positive_weight) * positive_sum;
+  }
+
+  FCOS_INLINE double run_planes(int64_t tile) const {
+    const int64_t chunk = tile % chunks, block = tile / chunks % blocks;
+    const int64_t image = tile / chunks / blocks;
+    const int64_t position = block * kBlock, n = std::min(kBlock, positions - position);
+    const int64_t first_class = chunk * planes_per_tile;
+    const int64_t last_class = std::min(first_class + planes_per_tile, C);
+    const int64_t location = image * labels_per_image + first_label + position;
+    int label[kBlock];
+    for (int64_t k = 0; k < n; ++k) label[k] = labels.at(location + k, static_cast<int>(C));
+
+    alignas(64) acc x[kBlock];
+    double negative_sum = 0, positive_sum = 0;
+    for (int64_t c = first_class; c < last_class; ++c) {
+      const int64_t first = (image * C + c) * positions + position;
+      const int size = static_cast<int>(n), this_class = static_cast<int>(c);
+      for (int k = 0; k < size; ++k) x[k] = static_cast<acc>(logits[first + k]);
+      for (int k = 0; k < size; ++k)
+        x[k] = label[k] != this_class && label[k] != kIgnored ? x[k] : acc(kNever);
+      negative_sum += negatives(x, n, first);
+    }
+    for (int64_t k = 0; k < n; ++k)
+      if (label[k] >= first_class && label[k] < last_class)
+        positive_sum += positive((image * C + label[k]) * positions + position + k, location + k);
+    return double(negative_weight) * negative_sum + double(positive_weight) * positive_sum;
+  }
+};
+
+template <Work kWork, typename scalar_t, typename Gamma>
+void run_on_cpu(const FocalCall& call, Gamma gamma) {
+  // A sum is divided by at least 1, so that a batch without positives is ordinary.
+  const double divisor = std::max(1.0, value_of<scalar_t>(call.normalizer, 1.0));
+  const double grad = value_of<scalar_t>(call.grad, 1.0);
+  if (call.only_if_not_one && grad == 1.0) return;
+  const bool scaled = kWork == Work::kGradient || kWork == Work::kSumAndGradient;
+
+  std::vector<LevelWorker<kWork, scalar_t, Gamma>> levels;
+  int64_t tiles = 0;
+  for (const FocalLevel& level : call.levels) {
+    levels.emplace_back(call, level, scaled ? grad / divisor : 1.0, gamma);
+    levels.back().first_tile = tiles;
+    tiles += levels.back().tiles;
+  }
+  std::vector<double> partial(tiles);
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    with_cpu_isa([&] {
+      auto level = levels.begin();
+      for (int64_t tile = begin; tile < end; ++tile) {
+        while (tile >= level->first_tile + level->tiles) ++level;
+        partial[tile] = level->run_tile(tile - level->first_tile);
+      }
     });
   });
-  return out;
+  if constexpr (sums(kWork)) {
+    double sum = 0;
+    for (double p : partial) sum += p;
+    Tensor out = call.sum;
+    *out.mutable_data_ptr<acc_t<scalar_t>>() = static_cast<acc_t<scalar_t>>(sum / divisor);
+  }
 }
 
-Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& logits,
-                                       const Tensor& labels,
-                                       const std::optional<Tensor>& normalizer, double alpha,
-                                       double gamma) {
-  check_sigmoid_focal_loss(logits, labels, normalizer);
-  check_sigmoid_focal_loss_grad(grad, logits);
-  const Tensor g = torch::stable::contiguous(grad);
-  const Tensor x = torch::stable::contiguous(logits);
-  const Tensor y = torch::stable::contiguous(labels);
-  const int64_t C = x.size(-1), rows = y.numel();
-  Tensor out = torch::stable::empty_like(x);
-  if (x.numel() == 0) return out;
-  dispatch_floating(x.scalar_type(), "sigmoid_focal_loss_backward", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc = acc_t<scalar_t>;
-    const auto* logits_ptr = x.const_data_ptr<scalar_t>();
-    const Labels label_of = labels_of(y);
-    const scalar_t* grads = g.dim() == 0 ? nullptr : g.const_data_ptr<scalar_t>();
-    const double grad_of_sum = grads ? 1.0 : *static_cast<const acc*>(g.const_data_ptr());
-    const acc scale = static_cast<acc>(grad_of_sum / divisor<scalar_t>(normalizer));
-    auto* out_ptr = out.mutable_data_ptr<scalar_t>();
-    dispatch_gamma(gamma, [&](auto policy) {
-      for_each_tile(rows, C, [&](int64_t begin, int64_t end, int64_t) {
-        derivative_rows(logits_ptr, label_of, grads, scale, out_ptr, begin, end, C, acc(alpha),
-                        policy);
-      });
+struct Cpu {
+  template <Work kWork>
+  static void run(const FocalCall& call) {
+    dispatch_floating(call.logits().scalar_type(), "sigmoid_focal_loss", [&](auto zero) {
+      using scalar_t = decltype(zero);
+      // The sums, which training runs on, are compiled for the usual gamma.
+      if constexpr (!std::is_same_v<scalar_t, double> && kWork != Work::kEach &&
+                    kWork != Work::kEachGradient)
+        if (call.gamma == 2.0) return run_on_cpu<kWork, scalar_t>(call, GammaTwo{});
+      run_on_cpu<kWork, scalar_t>(call, GammaAny{call.gamma});
     });
-  });
-  return out;
-}
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FCOS_NAMESPACE, CPU, m) {
-  m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cpu));
-  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(FCOS_NAMESPACE, CPU, m) { FCOS_IMPLEMENT_FOCAL_OPS(m, Cpu); }
 
 }  // namespace fcos_ext

@@ -1,282 +1,432 @@
+#include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "../sigmoid_focal_loss.h"
-#include "../sigmoid_focal_loss_args.h"
+#include "../sigmoid_focal_loss_ops.h"
 #include "kernel_table.cuh"
 #include "launch.cuh"
 #include "memory.cuh"
+#include "reduction.cuh"
 
 namespace fcos_ext {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight
-
-// Logits of one work item of a block. A fixed size, whatever the GPU, makes the sum the same to
-// the bit on any of them.
+// Independent loads of a thread; float64 has fewer, for lack of registers.
 template <typename scalar_t>
-constexpr int kTile = kThreads * kVectorsPerThread * Vector<scalar_t>::kSize;
+constexpr int kInFlight = sizeof(scalar_t) == 8 ? 2 : 4;
 
-enum class Mode {
-  kSum,       // partial[tile] = sum of the losses of a tile
-  kLoss,      // out = loss of each logit
-  kSumGrad,   // out = grad[0] / normalizer * derivative of each loss
-  kLossGrad,  // out = grad * derivative of each loss
+// A block works on a tile at a time. The tiles depend on the sizes alone, which makes the sum the
+// same to the bit on any GPU.
+//   classes innermost:   whole locations, about kRowTile logits, seen as one run of memory
+//   positions innermost: kThreads vectors of positions by kPlanes classes; a thread keeps its
+//                        positions and walks the planes
+template <typename scalar_t>
+constexpr int kRowTile = kThreads * kInFlight<scalar_t> * Vector<scalar_t>::kSize;
+constexpr int kPlanes = 8;
+constexpr int kMaxRows = kThreads * 8;  // locations of a tile, so that their labels fit
+
+// One level of one image is C x positions or positions x C.
+template <typename scalar_t>
+struct DeviceLevel {
+  const scalar_t* logits;
+  const scalar_t* grads;  // kEachGradient
+  scalar_t* out;
+  int64_t locations;    // of all images
+  int64_t first_label;  // in the labels of an image
+  unsigned first_tile;
+  FastDivision positions;          // of an image
+  FastDivision vectors_per_plane;  // positions innermost
+  bool planes;                     // positions are innermost
+  bool aligned;                    // for accesses of 16 bytes
 };
 
 template <typename scalar_t>
 struct Args {
-  const scalar_t* logits;
+  using acc = acc_t<scalar_t>;
+  DeviceLevel<scalar_t> levels[kMaxLevels];
+  int num_levels;
+  unsigned tiles;
+  int64_t labels_per_image;
   Labels labels;
-  const scalar_t* grads;               // kLossGrad
-  const acc_t<scalar_t>* grad_of_sum;  // kSumGrad
-  const acc_t<scalar_t>* normalizer;   // kSumGrad; may be null
-  scalar_t* out;                       // all but kSum
-  acc_t<scalar_t>* partial;            // kSum
-  int64_t numel;
-  FastDivision num_classes;
-  acc_t<scalar_t> alpha;
+  const acc* quality;  // may be null
+  FastDivision classes;
+  int rows_per_tile;
+  int chunks;  // of kPlanes classes
+  acc positive_weight, negative_weight;
+  const acc* normalizer;  // may be null
+  const acc* grad;        // kGradient: that of the sum
+  bool only_if_not_one;   // kGradient: the result for a grad of 1 is there already
+  acc* partial;           // sums
+  unsigned* ticket;       // sums
+  acc* sum;               // sums
 };
 
-constexpr int kIgnored = -2;
-
-// The label of a row in 32 bits, kIgnored for all that take no part.
-__device__ __forceinline__ int label_of_row(const Labels& labels, int64_t row, int C) {
-  const int64_t label = labels[row];
-  return label >= kBackground && label < C ? static_cast<int>(label) : kIgnored;
+template <typename acc>
+__device__ __forceinline__ acc divisor(const acc* normalizer) {
+  return normalizer && *normalizer > acc(1) ? *normalizer : acc(1);
 }
 
-// One vector of logits that starts at flat index i, class c of its row. kOneRow: C is a multiple
-// of the vector's size, so that a vector has one label; else the row is tracked element by element.
-template <Mode kMode, bool kOneRow, typename scalar_t, typename Gamma>
-__device__ __forceinline__ void process_vector(const Args<scalar_t>& a, int64_t row, int c,
-                                               const scalar_t* logits, const scalar_t* grads,
-                                               scalar_t* out, int n, acc_t<scalar_t> scale,
-                                               Gamma gamma, acc_t<scalar_t>& sum) {
+// Works on N logits as if all were negatives but those whose bit in `others` is set. Returns the
+// sum of the losses, not weighted. `factor` is the weight and what multiplies it.
+template <Work kWork, int N, typename scalar_t, typename Gamma>
+__device__ __forceinline__ acc_t<scalar_t> negatives(Vector<scalar_t, N> packed, unsigned others,
+                                                     const DeviceLevel<scalar_t>& level, int64_t i,
+                                                     acc_t<scalar_t> factor, Gamma gamma) {
   using acc = acc_t<scalar_t>;
-  const int C = static_cast<int>(a.num_classes.divisor);
-  int label = label_of_row(a.labels, row, C);
+  acc x[N], g[N];
+  unpack(packed, x);
+  if constexpr (kWork == Work::kEachGradient) unpack(load_streaming<N>(level.grads + i), g);
+  if (others) {
 #pragma unroll
-  for (int k = 0; k < Vector<scalar_t>::kSize; ++k) {
-    if (!kOneRow) {
-      if (k >= n) break;
-      if (c + k == C) {
-        c -= C;
-        label = label_of_row(a.labels, ++row, C);
-      }
+    for (int k = 0; k < N; ++k) {
+      if (!(others >> k & 1u)) continue;
+      x[k] = acc(kNever);
+      g[k] = acc(0);
     }
-    const acc x = static_cast<acc>(logits[k]);
-    const bool positive = label == c + k;
-    const bool counts = label != kIgnored;
-    const acc z = positive ? -x : x;
-    const acc weight = counts ? (positive ? a.alpha : acc(1) - a.alpha) : acc(0);
-    if (kMode == Mode::kSum) {
-      sum += counts ? weight * focal_loss(z, gamma) : acc(0);
-    } else if (kMode == Mode::kLoss) {
-      out[k] = static_cast<scalar_t>(counts ? weight * focal_loss(z, gamma) : acc(0));
-    } else {
-      acc factor = scale * (positive ? -weight : weight);
-      if (kMode == Mode::kLossGrad) factor *= static_cast<acc>(grads[k]);
-      out[k] = static_cast<scalar_t>(counts ? factor * focal_loss_derivative(z, gamma) : acc(0));
+  }
+  acc sum = 0;
+  Vector<scalar_t, N> y;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const Term<acc> term = negative_term(x[k], gamma);
+    acc result = factor * (kWork == Work::kEach ? term.loss : term.derivative);
+    if constexpr (kWork == Work::kEachGradient) result *= g[k];
+    if constexpr (sums(kWork)) sum += term.loss;
+    y.values[k] = static_cast<scalar_t>(result);
+  }
+  if constexpr (writes(kWork)) store_streaming(level.out + i, y);
+  return sum;
+}
+
+// Works on one positive. Returns its loss, not weighted.
+template <Work kWork, typename scalar_t, typename Gamma>
+__device__ __forceinline__ acc_t<scalar_t> positive(const Args<scalar_t>& a,
+                                                    const DeviceLevel<scalar_t>& level,
+                                                    int64_t logit, int64_t label,
+                                                    acc_t<scalar_t> scale, Gamma gamma) {
+  using acc = acc_t<scalar_t>;
+  const acc y = a.quality ? a.quality[label] : acc(1);
+  const Term<acc> term = positive_term(static_cast<acc>(level.logits[logit]), y, gamma);
+  acc result = scale * a.positive_weight * (kWork == Work::kEach ? term.loss : term.derivative);
+  if constexpr (kWork == Work::kEachGradient) result *= static_cast<acc>(level.grads[logit]);
+  if constexpr (writes(kWork)) level.out[logit] = static_cast<scalar_t>(result);
+  return term.loss;
+}
+
+// Index of the label of a location, counted through the images of a level.
+template <typename scalar_t>
+__device__ __forceinline__ int64_t label_index(const Args<scalar_t>& a,
+                                               const DeviceLevel<scalar_t>& level, int64_t row) {
+  const int64_t step = a.labels_per_image - level.positions.divisor;
+  // A level that is alone has nothing to skip between images, and may be of any size.
+  if (step == 0) return level.first_label + row;
+  return level.first_label + row + level.positions.quotient(static_cast<unsigned>(row)) * step;
+}
+
+// Bits of the logits of a vector that are no negatives. It starts at class c of a row.
+template <int N>
+__device__ __forceinline__ unsigned others_of_row(const int* labels, int row, int c, int C) {
+  unsigned others = 0;
+  int end = C - c;  // where in the vector the row ends
+  for (;;) {
+    const int label = labels[row];
+    if (label != kBackground) {
+      const int begin = end - C, positive = begin + label;
+      if (label != kIgnored)
+        others |= positive >= 0 && positive < N ? 1u << positive : 0u;
+      else
+        others |= (end < N ? (1u << end) - 1 : ~0u) & (begin > 0 ? ~0u << begin : ~0u);
     }
+    if (end >= N) return others;
+    end += C;
+    ++row;
   }
 }
 
-template <Mode kMode, bool kOneRow, typename scalar_t, typename Gamma>
-__global__ void __launch_bounds__(kThreads)
-    sigmoid_focal_loss_kernel(const Args<scalar_t> a, const Gamma gamma) {
-  using acc = acc_t<scalar_t>;
-  using Vec = Vector<scalar_t>;
-  constexpr int kN = Vec::kSize;
-  // Tracking rows takes registers: then fewer vectors are in flight at a time.
-  constexpr int kInFlight = kOneRow ? kVectorsPerThread : kVectorsPerThread / 2;
-  const int64_t C = a.num_classes.divisor;
-  acc scale = acc(1);
-  if (kMode == Mode::kSumGrad) {
-    scale = *a.grad_of_sum;
-    if (a.normalizer) scale /= *a.normalizer > acc(1) ? *a.normalizer : acc(1);
-  }
-  const int64_t tiles = (a.numel + kTile<scalar_t> - 1) / kTile<scalar_t>;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    // 64-bit arithmetic once a tile; inside it 32 bits suffice.
-    const int64_t start = tile * kTile<scalar_t>;
-    const int64_t first_row = start / C;
-    const uint32_t first_class = static_cast<uint32_t>(start - first_row * C);
-    acc sum = 0;
+// Logits [begin, end) of a tile that starts at logit `first` of the level.
+template <Work kWork, int N, typename scalar_t, typename Gamma>
+__device__ __forceinline__ acc_t<scalar_t> stream_rows(const DeviceLevel<scalar_t>& level,
+                                                       int64_t first, const int* labels,
+                                                       FastDivision classes, int begin, int end,
+                                                       acc_t<scalar_t> factor, Gamma gamma) {
+  const int C = static_cast<int>(classes.divisor), stride = kThreads * N;
+  constexpr int kLoads = kInFlight<scalar_t>;
+  acc_t<scalar_t> sum = 0;
 #pragma unroll 1
-    for (int first = 0; first < kVectorsPerThread; first += kInFlight) {
-      Vec x[kInFlight];
+  for (int i = begin + static_cast<int>(threadIdx.x) * N; i < end; i += stride * kLoads) {
+    Vector<scalar_t, N> x[kLoads];
 #pragma unroll
-      for (int v = 0; v < kInFlight; ++v) {
-        const int64_t i = start + ((first + v) * kThreads + static_cast<int>(threadIdx.x)) * kN;
-        if (i + kN <= a.numel) x[v] = load_streaming(a.logits + i);
-      }
+    for (int v = 0; v < kLoads; ++v)
+      if (i + v * stride < end) x[v] = load_streaming<N>(level.logits + first + i + v * stride);
 #pragma unroll
-      for (int v = 0; v < kInFlight; ++v) {
-        const int offset = ((first + v) * kThreads + static_cast<int>(threadIdx.x)) * kN;
-        const int64_t i = start + offset;
-        if (i >= a.numel) break;
-        const uint32_t from_row = first_class + offset;
-        const uint32_t rows = a.num_classes.quotient(from_row);
-        const int64_t row = first_row + rows;
-        const int c = static_cast<int>(from_row - rows * a.num_classes.divisor);
-        // Where a vector lies in one row, none is cut off by the end.
-        const bool whole = kOneRow || i + kN <= a.numel;
-        const int n = whole ? kN : static_cast<int>(a.numel - i);
-        Vec out, grads;
-        if (!whole) x[v] = load_part(a.logits + i, n);
-        if (kMode == Mode::kLossGrad)
-          grads = whole ? load_streaming(a.grads + i) : load_part(a.grads + i, n);
-        process_vector<kMode, kOneRow>(a, row, c, x[v].values, grads.values, out.values, n, scale,
-                                       gamma, sum);
-        if (kMode == Mode::kSum) continue;
-        if (whole)
-          store_streaming(a.out + i, out);
-        else
-          store_part(a.out + i, out, n);
-      }
+    for (int v = 0; v < kLoads; ++v) {
+      const int offset = i + v * stride;
+      if (offset >= end) break;
+      const int row = static_cast<int>(classes.quotient(offset));
+      const unsigned others = others_of_row<N>(labels, row, offset - row * C, C);
+      sum += negatives<kWork, N>(x[v], others, level, first + offset, factor, gamma);
     }
-    if (kMode == Mode::kSum) {
+  }
+  return sum;
+}
+
+template <Work kWork, typename scalar_t, typename Gamma>
+__device__ __forceinline__ acc_t<scalar_t> rows_tile(const Args<scalar_t>& a,
+                                                     const DeviceLevel<scalar_t>& level,
+                                                     unsigned tile, acc_t<scalar_t> scale,
+                                                     Gamma gamma) {
+  using acc = acc_t<scalar_t>;
+  constexpr int N = Vector<scalar_t>::kSize;
+  __shared__ int labels[kMaxRows];
+  const int C = static_cast<int>(a.classes.divisor);
+  const int64_t first_row = int64_t(tile) * a.rows_per_tile;
+  const int64_t left = level.locations - first_row;
+  const int rows = left < a.rows_per_tile ? static_cast<int>(left) : a.rows_per_tile;
+  __syncthreads();  // the labels of the tile before have been used
+  for (int row = threadIdx.x; row < rows; row += kThreads)
+    labels[row] = a.labels.at(label_index(a, level, first_row + row), C);
+  __syncthreads();
+
+  const int64_t first = first_row * C;
+  const acc factor = scale * a.negative_weight;
+  const int n = rows * C, whole = level.aligned ? n - n % N : 0;
+  acc sum = stream_rows<kWork, N>(level, first, labels, a.classes, 0, whole, factor, gamma);
+  sum += stream_rows<kWork, 1>(level, first, labels, a.classes, whole, n, factor, gamma);
+  sum *= a.negative_weight;
+
+  if constexpr (writes(kWork)) __syncthreads();  // positives go over what others have written
+#pragma unroll 1
+  for (int row = threadIdx.x; row < rows; row += kThreads) {
+    if (labels[row] < 0) continue;
+    const int64_t logit = first + int64_t(row) * C + labels[row];
+    sum += a.positive_weight *
+           positive<kWork>(a, level, logit, label_index(a, level, first_row + row), scale, gamma);
+  }
+  return sum;
+}
+
+template <Work kWork, int N, typename scalar_t, typename Gamma>
+__device__ __forceinline__ acc_t<scalar_t> planes_tile(const Args<scalar_t>& a,
+                                                       const DeviceLevel<scalar_t>& level,
+                                                       unsigned tile, acc_t<scalar_t> scale,
+                                                       Gamma gamma) {
+  using acc = acc_t<scalar_t>;
+  const int C = static_cast<int>(a.classes.divisor);
+  const unsigned positions = level.positions.divisor;
+  const unsigned block = tile / a.chunks;
+  const int first_class = static_cast<int>(tile - block * a.chunks) * kPlanes;
+  const int64_t vector = int64_t(block) * kThreads + threadIdx.x;
+  if (vector * N >= level.locations) return acc(0);
+  const unsigned image = level.vectors_per_plane.quotient(static_cast<unsigned>(vector));
+  const unsigned position =
+      (static_cast<unsigned>(vector) - image * level.vectors_per_plane.divisor) * N;
+  const int64_t location = image * a.labels_per_image + level.first_label + position;
+  const int64_t first = (int64_t(image) * C + first_class) * positions + position;
+
+  // Bit c * N + k: logit k of plane c is no negative. Column: bit 0 of each plane.
+  constexpr uint64_t kColumn = (~0ull >> (64 - kPlanes * N)) / ((1ull << N) - 1);
+  uint64_t others = 0;
+  bool any_positive = false;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const int label = a.labels.at(location + k, C);
+    if (label == kIgnored) {
+      others |= kColumn << k;
+    } else if (label >= first_class && label < first_class + kPlanes) {
+      others |= uint64_t(1) << ((label - first_class) * N + k);
+      any_positive = true;
+    }
+  }
+
+  acc sum = 0;
+  const acc factor = scale * a.negative_weight;
+  constexpr int kLoads = kInFlight<scalar_t>;
+  const int planes = C - first_class < kPlanes ? C - first_class : kPlanes;
+#pragma unroll 1
+  for (int c = 0; c < planes; c += kLoads) {
+    Vector<scalar_t, N> x[kLoads];
+#pragma unroll
+    for (int v = 0; v < kLoads; ++v)
+      if (c + v < planes)
+        x[v] = load_streaming<N>(level.logits + first + int64_t(c + v) * positions);
+#pragma unroll
+    for (int v = 0; v < kLoads; ++v) {
+      if (c + v >= planes) break;
+      const int64_t i = first + int64_t(c + v) * positions;
+      const unsigned bits = static_cast<unsigned>(others >> ((c + v) * N)) & ((1u << N) - 1);
+      sum += negatives<kWork, N>(x[v], bits, level, i, factor, gamma);
+    }
+  }
+  sum *= a.negative_weight;
+  if (!any_positive) return sum;
+#pragma unroll 1
+  for (int k = 0; k < N; ++k) {
+    const int c = a.labels.at(location + k, C) - first_class;
+    if (c >= 0 && c < kPlanes)
+      sum += a.positive_weight * positive<kWork>(a, level, first + int64_t(c) * positions + k,
+                                                 location + k, scale, gamma);
+  }
+  return sum;
+}
+
+template <Work kWork, typename scalar_t, typename Gamma>
+__global__ void __launch_bounds__(kThreads)
+    sigmoid_focal_loss_kernel(const __grid_constant__ Args<scalar_t> a, const Gamma gamma) {
+  using acc = acc_t<scalar_t>;
+  acc scale = acc(1);
+  if constexpr (kWork == Work::kGradient) {
+    if (a.only_if_not_one && *a.grad == acc(1)) return;
+    scale = *a.grad;
+  }
+  if constexpr (kWork == Work::kGradient || kWork == Work::kSumAndGradient)
+    scale /= divisor(a.normalizer);
+  for (unsigned tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
+    int l = 0;
+    while (l + 1 < a.num_levels && tile >= a.levels[l + 1].first_tile) ++l;
+    const DeviceLevel<scalar_t>& level = a.levels[l];
+    const unsigned t = tile - level.first_tile;
+    acc sum;
+    if (!level.planes)
+      sum = rows_tile<kWork>(a, level, t, scale, gamma);
+    else if (level.aligned)
+      sum = planes_tile<kWork, Vector<scalar_t>::kSize>(a, level, t, scale, gamma);
+    else
+      sum = planes_tile<kWork, 1>(a, level, t, scale, gamma);
+    if constexpr (sums(kWork)) {
       sum = block_sum<kThreads>(sum);
       if (threadIdx.x == 0) a.partial[tile] = sum;
     }
   }
-}
-
-// out = sum of the partials / max(normalizer, 1), by one block, in a fixed order.
-template <typename acc>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const acc* __restrict__ partial, int64_t n,
-                        const acc* __restrict__ normalizer, acc* __restrict__ out) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += partial[i];
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x != 0) return;
-  if (normalizer) sum /= *normalizer > acc(1) ? *normalizer : acc(1);
-  *out = static_cast<acc>(sum);
-}
-
-// The sums, which training runs on, are compiled for gamma 2 and for whole vectors a row; the
-// rest, and float64, take the general code.
-template <Mode kMode, typename scalar_t>
-void launch_kernel(const Args<scalar_t>& args, double gamma, const Tensor& on) {
-  constexpr bool kSpecialize =
-      !std::is_same_v<scalar_t, double> && (kMode == Mode::kSum || kMode == Mode::kSumGrad);
-  const dim3 grid = grid_for((args.numel + kTile<scalar_t> - 1) / kTile<scalar_t>);
-  const auto start = [&](auto one_row, auto policy) {
-    launch(&sigmoid_focal_loss_kernel<kMode, decltype(one_row)::value, scalar_t, decltype(policy)>,
-           grid, dim3(kThreads), 0, on, args, policy);
-  };
-  if constexpr (kSpecialize) {
-    const bool one_row = args.num_classes.divisor % Vector<scalar_t>::kSize == 0;
-    if (gamma == 2.0)
-      return one_row ? start(std::true_type{}, GammaTwo{}) : start(std::false_type{}, GammaTwo{});
-    if (one_row) return start(std::true_type{}, GammaAny{gamma});
+  if constexpr (sums(kWork)) {
+    if (!is_last_block(a.ticket)) return;
+    const double total = sum_partials<kThreads>(a.partial, a.tiles);
+    if (threadIdx.x == 0) *a.sum = static_cast<acc>(total / divisor(a.normalizer));
   }
-  start(std::false_type{}, GammaAny{gamma});
 }
 
-// Contiguous and aligned for 16-byte accesses, which a slice of a larger tensor may not be.
-Tensor vectorizable(const Tensor& t) {
-  const Tensor c = torch::stable::contiguous(t);
-  return is_vector_aligned(c.const_data_ptr()) ? c : torch::stable::clone(c);
-}
-
-template <typename scalar_t>
-Args<scalar_t> arguments(const Tensor& logits, const Tensor& labels, double alpha) {
-  Args<scalar_t> a{nullptr, {}, nullptr, nullptr, nullptr, nullptr, nullptr, 0, FastDivision(1), 0};
-  a.logits = logits.const_data_ptr<scalar_t>();
-  a.labels = labels_of(labels);
-  a.numel = logits.numel();
-  a.num_classes = FastDivision(static_cast<uint32_t>(logits.size(-1)));
-  a.alpha = static_cast<acc_t<scalar_t>>(alpha);
-  return a;
-}
-
-using torch::headeronly::BFloat16;
-const ListKernel kListed[] = {
-    {"sigmoid_focal_loss sum bf16",
-     &sigmoid_focal_loss_kernel<Mode::kSum, true, BFloat16, GammaTwo>, kThreads},
-    {"sigmoid_focal_loss gradient bf16",
-     &sigmoid_focal_loss_kernel<Mode::kSumGrad, true, BFloat16, GammaTwo>, kThreads},
-    {"sigmoid_focal_loss sum fp32", &sigmoid_focal_loss_kernel<Mode::kSum, true, float, GammaTwo>,
-     kThreads},
-    {"sigmoid_focal_loss gradient fp32",
-     &sigmoid_focal_loss_kernel<Mode::kSumGrad, true, float, GammaTwo>, kThreads},
-};
-
-void check_num_classes(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.size(-1) < (int64_t(1) << 30),
-                  "sigmoid_focal_loss: at most 2^30 classes, got ", logits.size(-1));
-}
+// ---- launch ----
 
 template <typename acc>
-const acc* optional_pointer(const std::optional<Tensor>& t) {
+const acc* pointer_or_null(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr<acc>() : nullptr;
 }
 
-Tensor sigmoid_focal_loss_cuda(const Tensor& logits, const Tensor& labels,
-                               const std::optional<Tensor>& normalizer, double alpha, double gamma,
-                               bool reduce) {
-  check_sigmoid_focal_loss(logits, labels, normalizer);
-  check_num_classes(logits);
-  const Tensor x = vectorizable(logits);
-  const Tensor y = torch::stable::contiguous(labels);
-  if (x.numel() == 0)
-    return reduce ? torch::stable::new_zeros(x, {}, acc_dtype(x)) : torch::stable::empty_like(x);
-  Tensor out =
-      reduce ? torch::stable::new_empty(x, {}, acc_dtype(x)) : torch::stable::empty_like(x);
-  dispatch_floating(x.scalar_type(), "sigmoid_focal_loss", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc = acc_t<scalar_t>;
-    Args<scalar_t> args = arguments<scalar_t>(x, y, alpha);
-    if (!reduce) {
-      args.out = out.mutable_data_ptr<scalar_t>();
-      return launch_kernel<Mode::kLoss>(args, gamma, x);
-    }
-    const int64_t tiles = (args.numel + kTile<scalar_t> - 1) / kTile<scalar_t>;
-    Tensor partial = torch::stable::new_empty(x, {tiles}, acc_dtype(x));
-    args.partial = partial.mutable_data_ptr<acc>();
-    launch_kernel<Mode::kSum>(args, gamma, x);
-    launch(&sum_partials_kernel<acc>, dim3(1), dim3(kThreads), 0, x, args.partial, tiles,
-           optional_pointer<acc>(normalizer), out.mutable_data_ptr<acc>());
-  });
-  return out;
+// Locations of a tile whose classes are innermost: about kRowTile logits, and so that each tile
+// starts at a whole vector.
+int64_t rows_per_tile(int64_t C, int64_t vector_size, int64_t tile_size) {
+  const int64_t step = vector_size / std::gcd(vector_size, C);
+  const int64_t rows = std::min<int64_t>(tile_size / C, kMaxRows);
+  return std::max(rows - rows % step, step);
 }
 
-Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& logits,
-                                        const Tensor& labels,
-                                        const std::optional<Tensor>& normalizer, double alpha,
-                                        double gamma) {
-  check_sigmoid_focal_loss(logits, labels, normalizer);
-  check_sigmoid_focal_loss_grad(grad, logits);
-  check_num_classes(logits);
-  const Tensor x = vectorizable(logits);
-  const Tensor y = torch::stable::contiguous(labels);
-  Tensor out = torch::stable::empty_like(x);
-  if (x.numel() == 0) return out;
-  const Tensor g = grad.dim() == 0 ? grad : vectorizable(grad);
-  dispatch_floating(x.scalar_type(), "sigmoid_focal_loss_backward", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc = acc_t<scalar_t>;
-    Args<scalar_t> args = arguments<scalar_t>(x, y, alpha);
-    args.out = out.mutable_data_ptr<scalar_t>();
-    if (g.dim() == 0) {
-      args.grad_of_sum = g.const_data_ptr<acc>();
-      args.normalizer = optional_pointer<acc>(normalizer);
-      return launch_kernel<Mode::kSumGrad>(args, gamma, x);
-    }
-    args.grads = g.const_data_ptr<scalar_t>();
-    launch_kernel<Mode::kLossGrad>(args, gamma, x);
-  });
-  return out;
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The level as the kernel takes it. Advances `tiles` by the tiles that it has.
+template <typename scalar_t, Work kWork>
+DeviceLevel<scalar_t> device_level(const FocalCall& call, const FocalLevel& level,
+                                   const Args<scalar_t>& a, int64_t& tiles) {
+  constexpr int kN = Vector<scalar_t>::kSize;
+  DeviceLevel<scalar_t> d{};
+  d.logits = level.logits.template const_data_ptr<scalar_t>();
+  bool aligned = is_vector_aligned(d.logits);
+  if constexpr (kWork == Work::kEachGradient) {
+    d.grads = level.grad.template const_data_ptr<scalar_t>();
+    aligned = aligned && is_vector_aligned(d.grads);
+  }
+  if constexpr (writes(kWork)) {
+    d.out = Tensor(level.out).mutable_data_ptr<scalar_t>();
+    aligned = aligned && is_vector_aligned(d.out);
+  }
+  d.aligned = aligned && (!level.planes || level.positions % kN == 0);
+  d.planes = level.planes;
+  d.locations = call.images * level.positions;
+  d.first_label = level.first_label;
+  d.first_tile = static_cast<unsigned>(tiles);
+  // Divisions within a level are of 32 bits, unless there is nothing to divide.
+  STD_TORCH_CHECK((!level.planes && call.labels_per_image == level.positions) ||
+                      d.locations < (int64_t(1) << 31),
+                  "sigmoid_focal_loss: at most 2^31 - 1 locations in a level, got ", d.locations);
+  const int64_t width = d.aligned ? kN : 1;
+  d.positions = FastDivision(static_cast<uint32_t>(level.positions));
+  d.vectors_per_plane = FastDivision(static_cast<uint32_t>(divide_up(level.positions, width)));
+  tiles += level.planes ? divide_up(d.locations, width * kThreads) * a.chunks
+                        : divide_up(d.locations, a.rows_per_tile);
+  STD_TORCH_CHECK(tiles < (int64_t(1) << 31), "sigmoid_focal_loss: too many logits");
+  return d;
 }
+
+template <typename scalar_t, Work kWork>
+void run_on_gpu(const FocalCall& call) {
+  using acc = acc_t<scalar_t>;
+  constexpr int kN = Vector<scalar_t>::kSize;
+  const Tensor& on = call.logits();
+  Args<scalar_t> a{};
+  a.labels = labels_of(call);
+  a.labels_per_image = call.labels_per_image;
+  a.quality = pointer_or_null<acc>(call.quality);
+  a.classes = FastDivision(static_cast<uint32_t>(std::max<int64_t>(call.classes, 1)));
+  a.rows_per_tile = static_cast<int>(rows_per_tile(a.classes.divisor, kN, kRowTile<scalar_t>));
+  a.chunks = static_cast<int>(divide_up(call.classes, kPlanes));
+  a.positive_weight = static_cast<acc>(call.positive_weight);
+  a.negative_weight = static_cast<acc>(call.negative_weight);
+  a.normalizer = pointer_or_null<acc>(call.normalizer);
+  a.grad = pointer_or_null<acc>(call.grad);
+  a.only_if_not_one = call.only_if_not_one;
+  int64_t tiles = 0;
+  for (const FocalLevel& level : call.levels)
+    if (level.logits.numel() > 0)
+      a.levels[a.num_levels++] = device_level<scalar_t, kWork>(call, level, a, tiles);
+  a.tiles = static_cast<unsigned>(tiles);
+
+  Tensor sum = call.sum, partial, ticket;
+  if constexpr (sums(kWork)) {
+    if (tiles == 0) return clear(sum.mutable_data_ptr(), sizeof(acc), on);
+    partial = torch::stable::new_empty(on, {tiles}, acc_dtype(on));
+    ticket = new_ticket(on);
+    a.sum = sum.mutable_data_ptr<acc>();
+    a.partial = partial.mutable_data_ptr<acc>();
+    a.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());
+  }
+  if (tiles == 0) return;
+  const auto start = [&](auto gamma) {
+    launch(&sigmoid_focal_loss_kernel<kWork, scalar_t, decltype(gamma)>, grid_for(tiles),
+           dim3(kThreads), 0, on, a, gamma);
+  };
+  // The sums, which training runs on, are compiled for the usual gamma.
+  if constexpr (!std::is_same_v<scalar_t, double> && kWork != Work::kEach &&
+                kWork != Work::kEachGradient)
+    if (call.gamma == 2.0) return start(GammaTwo{});
+  start(GammaAny{call.gamma});
+}
+
+struct Cuda {
+  template <Work kWork>
+  static void run(const FocalCall& call) {
+    dispatch_floating(call.logits().scalar_type(), "sigmoid_focal_loss",
+                      [&](auto zero) { run_on_gpu<decltype(zero), kWork>(call); });
+  }
+};
+
+using torch::headeronly::BFloat16;
+const ListKernel kListed[] = {
+    {"sigmoid_focal_loss sum bf16", &sigmoid_focal_loss_kernel<Work::kSum, BFloat16, GammaTwo>,
+     kThreads},
+    {"sigmoid_focal_loss sum and gradient bf16",
+     &sigmoid_focal_loss_kernel<Work::kSumAndGradient, BFloat16, GammaTwo>, kThreads},
+    {"sigmoid_focal_loss gradient bf16",
+     &sigmoid_focal_loss_kernel<Work::kGradient, BFloat16, GammaTwo>, kThreads},
+    {"sigmoid_focal_loss sum fp32", &sigmoid_focal_loss_kernel<Work::kSum, float, GammaTwo>,
+     kThreads},
+    {"sigmoid_focal_loss sum and gradient fp32",
+     &sigmoid_focal_loss_kernel<Work::kSumAndGradient, float, GammaTwo>, kThreads},
+    {"sigmoid_focal_loss gradient fp32",
+     &sigmoid_focal_loss_kernel<Work::kGradient, float, GammaTwo>, kThreads},
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FCOS_NAMESPACE, FCOS_CUDA_KEY, m) {
-  m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cuda));
-  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(FCOS_NAMESPACE, FCOS_CUDA_KEY, m) { FCOS_IMPLEMENT_FOCAL_OPS(m, Cuda); }
 
 }  // namespace fcos_ext
