@@ -12,12 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from . import bench_nms, bench_sigmoid_focal_loss
+from . import (
+    bench_assign_targets,
+    bench_iou_loss,
+    bench_nms,
+    bench_padded_batched_nms,
+    bench_sigmoid_focal_loss,
+    bench_soft_nms,
+)
 from .harness import Case, verify
 
+BENCHMARKS = [
+    bench_assign_targets,
+    bench_iou_loss,
+    bench_nms,
+    bench_padded_batched_nms,
+    bench_sigmoid_focal_loss,
+    bench_soft_nms,
+]
 CASES: list[Case] = [
-    *bench_sigmoid_focal_loss.cases(torch.device("cpu")),
-    *bench_nms.cases(torch.device("cpu")),
+    case for benchmark in BENCHMARKS for case in benchmark.cases(torch.device("cpu"))
 ]
 
 

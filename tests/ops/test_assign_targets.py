@@ -1,413 +1,363 @@
-"""assign_targets against a painter's algorithm in pure Python and hand-computed tables."""
+"""assign_targets: the CPU and CUDA kernels, and the CUDA source in the simulator.
+
+Kernels are called through ``torch.ops``, never through the public function, so that a fallback
+cannot pass for a kernel. The rules are in test_assign_targets_rules.py, the fuzz against an oracle
+in test_assign_targets_fuzz.py.
+"""
 
 from __future__ import annotations
 
-import math
+import itertools
+import os
 import random
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fcos_ext.assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from benchmarks.bench_assign_targets import SIZE_RANGES, feature_sizes, make_boxes
+from fcos_ext import AssignedTargets, _host, assign_targets, assign_targets_ref
+from fcos_ext._library import kernels
+from tests.ops.assign_targets_oracle import RULES, random_case
+from tests.simt.build import SimtLibrary, load_simt_library
 
-INF = math.inf
-RULES = ["inclusive", "strict", "half_open"]
-ONE_LEVEL: dict[str, Any] = {
-    "feature_sizes": [(4, 4)],
-    "strides": [8],
-    "size_ranges": [(0, INF)],
-    "center_sampling_radius": 0.0,
+OP = torch.ops.fcos_ext.assign_targets.default
+
+STRIDES = [8, 16, 32, 64, 128]
+IMAGE_SIZE = (320, 480)
+OPTIONS: dict[str, Any] = {
+    "feature_sizes": feature_sizes(IMAGE_SIZE),
+    "strides": STRIDES,
+    "size_ranges": SIZE_RANGES,
 }
-
-
-def pack(images: Sequence[Sequence[Sequence[float]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, labels (10, 11, ... in order) and offsets of a list of boxes for each image."""
-    rows = [box for boxes in images for box in boxes]
-    offsets = [0]
-    for boxes in images:
-        offsets.append(offsets[-1] + len(boxes))
-    return (
-        torch.tensor(rows, dtype=torch.float32).reshape(-1, 4),
-        torch.arange(10, 10 + len(rows)),
-        torch.tensor(offsets),
-    )
-
-
-def assign(images: Sequence[Sequence[Sequence[float]]], **options: Any) -> AssignedTargets:
-    return assign_targets(*pack(images), **options)
-
-
-def paint(
-    images: Any,
-    *,
-    feature_sizes: Any,
-    strides: Any,
-    size_ranges: Any,
-    center_sampling_radius: float,
-    boundary: str,
-    normalize: bool,
-) -> list[Any]:
-    """Oracle: paints the boxes from the largest to the smallest, later indices first.
-
-    Returns for each image {location index: (row of the box, ltrb, centerness)}. Python floats are
-    exact for the multiples of 1/4 that the tests use.
-    """
-    result, row = [], 0
-    for boxes in images:
-        painted: dict[int, Any] = {}
-        areas = [((x1 - x0) * (y1 - y0), i) for i, (x0, y0, x1, y1) in enumerate(boxes)]
-        for _, i in sorted(areas, reverse=True):
-            x0, y0, x1, y1 = boxes[i]
-            if x1 <= x0 or y1 <= y0:
-                continue
-            base = 0
-            for (height, width), s, (low, high) in zip(
-                feature_sizes, strides, size_ranges, strict=True
-            ):
-                reach = center_sampling_radius * s if center_sampling_radius else INF
-                left, right = max(x0, (x0 + x1) / 2 - reach), min(x1, (x0 + x1) / 2 + reach)
-                top, bottom = max(y0, (y0 + y1) / 2 - reach), min(y1, (y0 + y1) / 2 + reach)
-                for k in range(height * width):
-                    px, py = s // 2 + k % width * s, s // 2 + k // width * s
-                    if not (left < px < right and top < py < bottom):
-                        continue
-                    sides = (px - x0, py - y0, x1 - px, y1 - py)
-                    longest = max(sides)
-                    if longest < low or longest > high:
-                        continue
-                    if longest == low and boundary == "strict":
-                        continue
-                    if longest == high and boundary != "inclusive":
-                        continue
-                    l_, t_, r_, b_ = sides
-                    ratio = (min(l_, r_) * min(t_, b_)) / (max(l_, r_) * max(t_, b_))
-                    unit = s if normalize else 1
-                    painted[base + k] = (row + i, [d / unit for d in sides], ratio**0.5)
-                base += height * width
-        result.append(painted)
-        row += len(boxes)
-    return result
-
-
-def check(images: Any, **options: Any) -> AssignedTargets:
-    """Compare with the oracle; returns the targets."""
-    targets = assign(images, **options)
-    total = sum(height * width for height, width in options["feature_sizes"])
-    n = len(images)
-    assert [list(t.shape) for t in targets] == [
-        [n, total],
-        [n, total, 4],
-        [n, total],
-        [n, total],
-        [n],
-    ]
-    assert [t.dtype for t in targets] == [
-        torch.int64,
-        torch.float32,
-        torch.float32,
-        torch.int64,
-        torch.int64,
-    ]
-    for i, painted in enumerate(paint(images, **options)):
-        matched = [painted[k][0] if k in painted else -1 for k in range(total)]
-        assert targets.matched[i].tolist() == matched
-        assert targets.labels[i].tolist() == [10 + m if m >= 0 else -1 for m in matched]
-        assert targets.num_pos[i] == len(painted)
-        ltrb = [painted[k][1] if k in painted else [0.0] * 4 for k in range(total)]
-        assert targets.ltrb[i].tolist() == ltrb
-        centerness = [painted[k][2] if k in painted else 0.0 for k in range(total)]
-        assert targets.centerness[i].tolist() == pytest.approx(centerness, rel=1e-6, abs=0)
-    return targets
-
-
-def test_hand_computed() -> None:
-    # Locations of the level at 4, 12, 20, 28. The box holds x 12, 20 and y 12 strictly; y 20 is
-    # on its border.
-    targets = assign([[], [[6, 8, 26, 20]], []], **ONE_LEVEL)
-    expected = [-1] * 16
-    expected[4 + 1] = expected[4 + 2] = 0
-    assert targets.matched.tolist() == [[-1] * 16, expected, [-1] * 16]
-    assert targets.labels[1, 4:8].tolist() == [-1, 10, 10, -1]
-    assert targets.num_pos.tolist() == [0, 2, 0]
-    assert targets.ltrb[1, 5].tolist() == [6, 4, 14, 8]
-    assert targets.ltrb[1, 6].tolist() == [14, 4, 6, 8]
-    assert targets.ltrb.sum() == 64
-    centerness = math.sqrt(6 / 14 * 4 / 8)
-    assert targets.centerness[1, 5].item() == pytest.approx(centerness)
-    assert targets.centerness.sum().item() == pytest.approx(2 * centerness)
-
-
-def test_rows_come_before_columns_and_odd_strides_round_down() -> None:
-    # Stride 5: locations 2, 7, 12 across and 2, 7 down; only (12, 7) is inside.
-    options = {**ONE_LEVEL, "feature_sizes": [(2, 3)], "strides": [5]}
-    targets = assign([[[11, 6, 14, 9]]], **options)
-    assert targets.matched.tolist() == [[-1, -1, -1, -1, -1, 0]]
-    assert targets.ltrb[0, 5].tolist() == [1, 1, 2, 2]
-
-
-def test_levels_follow_each_other() -> None:
-    # The box is 40 wide: at its centre, max(l, t, r, b) is 20; at (4, 4) it is 36.
-    targets = assign(
-        [[[0, 0, 40, 40]]],
-        feature_sizes=[(5, 5), (2, 2)],
-        strides=[8, 16],
-        size_ranges=[(0, 25), (25, INF)],
-        center_sampling_radius=0.0,
-        normalize=True,
-    )
-    assert targets.matched.shape == (1, 29)
-    # Level 0 has (20, 20) alone within 25 of all sides; level 1, at 8 and 24, all but (24, 24).
-    assert (targets.matched[0] == 0).nonzero().ravel().tolist() == [12, 25, 26, 27]
-    assert targets.ltrb[0, 12].tolist() == [2.5] * 4
-    assert targets.ltrb[0, 26].tolist() == [1.5, 0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    "longest, expected",
-    [
-        (63.75, {"inclusive": [0], "strict": [0], "half_open": [0]}),
-        (64, {"inclusive": [0, 1], "strict": [], "half_open": [1]}),
-        (64.25, {"inclusive": [1], "strict": [1], "half_open": [1]}),
-        (128, {"inclusive": [1, 2], "strict": [], "half_open": [2]}),
-        (512, {"inclusive": [2], "strict": [2], "half_open": [2]}),
-    ],
+#: The geometry as the operator takes it.
+GEOMETRY = (
+    [side for size in OPTIONS["feature_sizes"] for side in size],
+    STRIDES,
+    [float(end) for ends in SIZE_RANGES for end in ends],
 )
+
+
+def make_packed(
+    counts: Sequence[int] = (30, 0, 7), dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, labels and offsets of a batch."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    boxes = torch.cat([make_boxes(count, IMAGE_SIZE, generator) for count in counts])
+    labels = torch.randint(80, (len(boxes),), generator=generator)
+    offsets = torch.tensor([0, *itertools.accumulate(counts)])
+    return boxes.to(device, dtype), labels.to(device), offsets.to(device)
+
+
+def make_padded(
+    counts: Sequence[int] = (30, 0, 7), dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, labels and counts of a batch."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    capacity = max(counts) + 2
+    boxes = torch.stack([make_boxes(capacity, IMAGE_SIZE, generator) for _ in counts])
+    labels = torch.randint(80, (len(counts), capacity), generator=generator)
+    return boxes.to(device, dtype), labels.to(device), torch.tensor(counts).to(device)
+
+
+FORMS = {"packed": make_packed, "padded": make_padded}
+
+
+def reference(
+    boxes: Tensor, labels: Tensor, extents: Tensor, options: dict[str, Any] = OPTIONS, **more: Any
+) -> AssignedTargets:
+    form = "counts" if boxes.dim() == 3 else "offsets"
+    return assign_targets_ref(boxes, labels, **{form: extents}, **options, **more)
+
+
+def assert_same(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    for name, ours, exact in zip(AssignedTargets._fields, actual, truth, strict=True):
+        assert ours.dtype == exact.dtype, name
+        assert torch.equal(ours.cpu(), exact.cpu()), name
+        assert not ours.requires_grad
+
+
+# ---- the kernels of this device -----------------------------------------------------------------
+
+
+def test_compiled(device: str) -> None:
+    assert device in kernels("assign_targets")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("boundary", RULES)
-def test_ends_of_size_ranges(boundary: Any, longest: float, expected: Any) -> None:
-    # One location a level, all at (8, 8), with r = longest.
-    targets = assign(
-        [[[4, 4, 8 + longest, 12]]],
-        feature_sizes=[(1, 1)] * 3,
-        strides=[16, 16, 17],
-        size_ranges=[(0, 64), (64, 128), (128, INF)],
-        center_sampling_radius=0.0,
-        boundary=boundary,
+@pytest.mark.parametrize("radius", [0.0, 1.5, 2.75])
+@pytest.mark.parametrize("form", FORMS)
+def test_matches_reference(
+    device: str, form: str, radius: float, boundary: Any, normalize: bool
+) -> None:
+    tensors = FORMS[form](device=device)
+    actual = OP(*tensors, *GEOMETRY, radius, RULES.index(boundary), normalize)
+    truth = reference(
+        *tensors, center_sampling_radius=radius, boundary=boundary, normalize=normalize
     )
-    assert targets.matched[0].ge(0).nonzero().ravel().tolist() == expected[boundary]
+    assert_same(actual, truth)
+    assert truth.num_pos[0] > 100 and truth.num_pos[1] == 0
 
 
-def test_center_window_is_strict() -> None:
-    # Centre (16, 16), radius 1.5 * 8 = 12: of 4, 12, 20, 28 only the middle two are nearer.
-    box = [[[-100.0, -100, 132, 132]]]
-    targets = assign(box, **{**ONE_LEVEL, "center_sampling_radius": 1.5})
-    assert targets.matched[0].ge(0).nonzero().ravel().tolist() == [5, 6, 9, 10]
-    targets = assign(box, **{**ONE_LEVEL, "center_sampling_radius": 1.5 + 2**-20})
-    assert targets.num_pos.item() == 16
-    # The window never reaches outside the box.
-    targets = assign([[[10, 10, 22, 14]]], **{**ONE_LEVEL, "center_sampling_radius": 1.5})
-    assert targets.matched[0].ge(0).nonzero().ravel().tolist() == [5, 6]
+@pytest.mark.parametrize("counts", [(), (0,), (0, 0), (1,), (255, 256, 257), (5000,)], ids=str)
+def test_numbers_of_boxes(device: str, counts: tuple[int, ...]) -> None:
+    tensors = make_packed(counts, device=device) if counts else no_images(device)
+    actual = OP(*tensors, *GEOMETRY, 1.5, 0, False)
+    assert_same(actual, reference(*tensors))
+    assert actual[0].shape == (len(counts), sum(h * w for h, w in OPTIONS["feature_sizes"]))
 
 
-def test_ambiguity() -> None:
-    large, small, tall = [0, 0, 32, 32], [8, 8, 24, 24], [10, 2, 18, 34]
-    assert assign([[large, small]], **ONE_LEVEL).matched[0, 5] == 1
-    assert assign([[small, large]], **ONE_LEVEL).matched[0, 5] == 0
-    # small and tall have the same area, 256, and both hold the location (12, 12).
-    assert assign([[tall, small]], **ONE_LEVEL).matched[0, 5] == 0
-    assert assign([[small, tall]], **ONE_LEVEL).matched[0, 5] == 0
-    assert assign([[large, small, small, tall]], **ONE_LEVEL).matched[0, 5] == 1
+def no_images(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    boxes, labels, offsets = make_packed((1,), device=device)
+    return boxes[:0], labels[:0], offsets[:1]
 
 
-def test_ties_are_of_float32_areas() -> None:
-    # 4097 * 4097 = 4096 * 4098 + 1, and in float32 they are equal.
-    square, oblong, smaller = [-8, -8, 4089, 4089], [-8, -8, 4088, 4090], [-8, -8, 4088, 4089]
-    options = {**ONE_LEVEL, "feature_sizes": [(1, 1)]}
-    assert assign([[square, oblong]], **options).matched.item() == 0
-    assert assign([[oblong, square]], **options).matched.item() == 0
-    assert assign([[square, smaller]], **options).matched.item() == 1
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(device: str, dtype: torch.dtype, integers: torch.dtype, form: str) -> None:
+    boxes, labels, extents = FORMS[form](dtype=dtype, device=device)
+    if dtype == torch.float64:
+        boxes = boxes + 1e-9  # rounded to float32, not used as it is
+    tensors = boxes, labels.to(integers), extents.to(integers)
+    assert_same(OP(*tensors, *GEOMETRY, 1.5, 0, False), reference(*tensors))
 
 
-def test_images_do_not_mix() -> None:
-    box = [0, 0, 32.0, 32]
-    targets = assign([[box], [], [[8, 8, 24, 24.0], box], []], **ONE_LEVEL)
-    assert targets.matched[0].tolist() == [0] * 16
-    assert targets.matched[2].tolist() == [2] * 5 + [1] * 2 + [2] * 2 + [1] * 2 + [2] * 5
-    assert targets.num_pos.tolist() == [16, 0, 16, 0]
+@pytest.mark.parametrize("number", range(len(GEOMETRY[2])))
+def test_every_end_of_every_range_counts(device: str, number: int) -> None:
+    """As does every stride and size: schema types are not checked against those of C++."""
+    tensors = make_packed((60,), device=device)
+    ends = list(GEOMETRY[2])
+    ends[number] = ends[number] * 0.75 + 11.3 if ends[number] < 600 else 777.7
+    ranges = list(zip(ends[::2], ends[1::2], strict=True))
+    changed = OP(*tensors, GEOMETRY[0], STRIDES, ends, 1.5, 0, False)
+    assert_same(changed, reference(*tensors, options=OPTIONS | {"size_ranges": ranges}))
+    assert not torch.equal(changed[0], OP(*tensors, *GEOMETRY, 1.5, 0, False)[0])
 
 
-def test_no_boxes_and_no_images() -> None:
-    targets = assign([[], []], **ONE_LEVEL)
-    assert targets.labels.tolist() == targets.matched.tolist() == [[-1] * 16] * 2
-    assert targets.num_pos.tolist() == [0, 0]
-    assert not targets.ltrb.any() and not targets.centerness.any()
-    targets = assign([], **ONE_LEVEL)
-    assert targets.labels.shape == (0, 16) and targets.num_pos.shape == (0,)
+@pytest.mark.parametrize("level", range(5))
+def test_every_stride_and_size_counts(device: str, level: int) -> None:
+    tensors = make_packed((60,), device=device)
+    strides, sizes = list(STRIDES), list(OPTIONS["feature_sizes"])
+    strides[level] += 3
+    sizes[level] = (sizes[level][0] + 1, sizes[level][1] + 2)
+    flat = [side for size in sizes for side in size]
+    actual = OP(*tensors, flat, strides, GEOMETRY[2], 1.5, 0, True)
+    options = OPTIONS | {"feature_sizes": sizes, "strides": strides}
+    assert_same(actual, reference(*tensors, options=options, normalize=True))
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(device: str, form: str, strided: bool) -> None:
+    boxes, labels, extents = FORMS[form](device=device)
+    if strided:
+        boxes = boxes.repeat_interleave(2, dim=-1)[..., ::2]
+        labels = labels.repeat_interleave(2, dim=-1)[..., ::2]
+        extents = extents.repeat_interleave(2)[::2]
+        assert not (boxes.is_contiguous() or labels.is_contiguous() or extents.is_contiguous())
+    opcheck(OP, (boxes, labels, extents, *GEOMETRY, 1.5, 2, True))
+    actual = OP(boxes, labels, extents, *GEOMETRY, 1.5, 2, True)
+    assert_same(actual, reference(boxes, labels, extents, boundary="half_open", normalize=True))
+
+
+def test_misaligned_boxes(device: str) -> None:
+    boxes, labels, offsets = make_packed(device=device)
+    shifted = torch.cat([boxes.new_zeros(1), boxes.flatten()])[1:].view(-1, 4)
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16 != 0
+    actual = OP(shifted, labels, offsets, *GEOMETRY, 1.5, 0, False)
+    assert_same(actual, reference(boxes, labels, offsets))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compile_fullgraph(device: str, form: str) -> None:
+    def step(boxes: Tensor, labels: Tensor, extents: Tensor) -> Sequence[Tensor]:
+        keyword = {"counts" if form == "padded" else "offsets": extents}
+        return assign_targets(boxes + 1, labels, **keyword, **OPTIONS)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for counts in ((3, 1), (5, 9), (6, 0)):
+        tensors = FORMS[form](counts, device=device)
+        assert_same(compiled(*tensors), step(*tensors))
+
+
+@pytest.mark.parametrize("function", [assign_targets, assign_targets_ref, OP])
+def test_nothing_is_differentiable(device: str, function: Any) -> None:
+    boxes, labels, offsets = make_packed(device=device)
+    leaf = boxes.clone().requires_grad_()
+    options = OPTIONS
+    arguments = (*GEOMETRY, 1.5, 0, False) if function is OP else ()
+    if function is OP:
+        options = {}
+    for given in (leaf, leaf.double() * 1):
+        targets = function(given, labels, offsets, *arguments, **options)
+        assert_same(targets, reference(boxes, labels, offsets))
+
+
+def test_deterministic(device: str, threads: Callable[[int], None]) -> None:
+    tensors = make_packed((900, 3, 0, 200), device=device)
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(OP(*tensors, *GEOMETRY, 0.0, 0, True))
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph() -> None:
+    """Of padded boxes: the counts change between replays. The host waits for nothing."""
+    counts = [(3, 0, 40), (40, 40, 40), (0, 0, 0), (1, 39, 2)]
+    capacity = [make_padded((*c, 40), device="cuda") for c in counts]
+    static = [t.clone() for t in capacity[0]]
+    graph = torch.cuda.CUDAGraph()
+    OP(*static, *GEOMETRY, 1.5, 0, False)  # once before, so that nothing is loaded meanwhile
+    with torch.cuda.graph(graph):
+        targets = OP(*static, *GEOMETRY, 1.5, 0, False)
+    for tensors in capacity:
+        for ours, new in zip(static, tensors, strict=True):
+            ours.copy_(new)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            graph.replay()
+            OP(*static, *GEOMETRY, 1.5, 0, False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same(targets, reference(*tensors))
+
+
+# ---- CPU instruction sets -----------------------------------------------------------------------
+
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+ISA_PROGRAM = """
+import sys, torch
+from fcos_ext import _host
+cases = torch.load(sys.argv[1])
+assert _host.cpu_isa() == sys.argv[3], _host.cpu_isa()
+torch.save([torch.ops.fcos_ext.assign_targets(*case) for case in cases], sys.argv[2])
+"""
+
+
+def test_instruction_sets(tmp_path: Path) -> None:
+    """All that this CPU has agree to the bit; each runs in a process of its own."""
+    rng = random.Random(0)
+    cases = [random_case(rng).arguments() for _ in range(100)]
+    for form, radius in itertools.product(FORMS, (0.0, 1.5)):
+        cases.append((*FORMS[form]((500, 30)), *GEOMETRY, radius, 0, True))
+    torch.save(cases, tmp_path / "cases.pt")
+    running = []
+    available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
+    for isa in available:
+        command = [sys.executable, "-c", ISA_PROGRAM, "cases.pt", f"{isa}.pt", isa]
+        environment = os.environ | {"FCOS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=environment))
+    assert [process.wait() for process in running] == [0] * len(available)
+    expected = [OP(*case) for case in cases]
+    for isa in available:
+        for actual, truth in zip(torch.load(tmp_path / f"{isa}.pt"), expected, strict=True):
+            assert_same(actual, truth)
+
+
+# ---- the CUDA source on the CPU -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def simt() -> SimtLibrary:
+    return load_simt_library()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+@pytest.mark.parametrize("radius", [0.0, 1.5])
+@pytest.mark.parametrize("form", FORMS)
+def test_simt(simt: SimtLibrary, form: str, radius: float, seed: int) -> None:
+    """One launch for all images and levels, and the same bits whatever the order of the threads."""
+    tensors = FORMS[form]((600, 0, 30))
+    simt.set_seed(seed)
+    before = simt.launches
+    with simt.guarded_memory():
+        actual = torch.ops.fcos_ext_simt.assign_targets(*tensors, *GEOMETRY, radius, 0, True)
+    assert simt.launches - before == 1
+    assert_same(actual, reference(*tensors, center_sampling_radius=radius, normalize=True))
+
+
+def test_simt_strided_and_empty(simt: SimtLibrary) -> None:
+    op = torch.ops.fcos_ext_simt.assign_targets
+    boxes, labels, offsets = make_packed()
+    with simt.guarded_memory():
+        strided = op(boxes.t().contiguous().t(), labels, offsets, *GEOMETRY, 1.5, 0, False)
+        before = simt.launches
+        nothing = op(*no_images("cpu"), *GEOMETRY, 1.5, 0, False)
+    assert simt.launches == before
+    assert_same(strided, reference(boxes, labels, offsets))
+    assert_same(nothing, reference(*no_images("cpu")))
+
+
+BIG = 2**62
+
+
+@pytest.mark.parametrize("function", ["simt", "cuda"])
 @pytest.mark.parametrize(
-    "bad",
+    "extents, rows",
     [
-        [math.nan, 0, 32, 32],
-        [0, 0, 32, math.nan],
-        [0, 0, INF, 32],
-        [-INF, -INF, INF, INF],
-        [INF, INF, INF, INF],
-        [-3e38, 0, 3e38, 32],
-        [-1e30, -1e30, 1e30, 1e30],
-        [12, 0, 12, 32],
-        [32, 0, 0, 32],
-        [32, 32, 0, 0],
+        ([-3, 4, 9], [(0, 4), (4, 6)]),
+        ([5, 2, 4], [(5, 5), (2, 4)]),
+        ([BIG, -BIG, BIG], [(6, 6), (0, 6)]),
+        ([0, BIG, 3], [(0, 6), (6, 6)]),
     ],
     ids=str,
 )
-def test_improper_boxes_never_match(bad: list[float]) -> None:
-    targets = assign([[bad]], **ONE_LEVEL)
-    assert targets.num_pos.tolist() == [0]
-    assert not targets.ltrb.any() and not targets.centerness.any()
-    targets = assign([[bad, [0, 0, 32, 32], bad]], **ONE_LEVEL)
-    assert targets.matched.tolist() == [[1] * 16]
+def test_garbage_offsets_are_clamped(
+    simt: SimtLibrary, function: str, extents: list[int], rows: list[tuple[int, int]]
+) -> None:
+    """On a GPU: the boxes of images may then be any, but there is no access outside of them."""
+    boxes, labels, _ = make_packed((6,))
+    check_clamped(simt, function, boxes, labels, torch.tensor(extents), rows)
 
 
-@pytest.mark.parametrize("boundary", RULES)
-@pytest.mark.parametrize("radius", [0.0, 1.0, 1.5, 2.25])
-def test_matches_reference(radius: float, boundary: Any) -> None:
-    """Fuzz, on coordinates so coarse that ties, borders and range ends are frequent."""
-    rng = random.Random(f"{radius} {boundary}")
-    edges = [0, 12, 20, 28, 36, INF]
-    positives = 0
-    for case in range(100):
-        levels = 1 + case % 5
-        step = rng.choice([0.25, 1, 4])
-
-        def coordinate(limit: float, step: float = step) -> float:
-            return rng.randrange(int(limit / step)) * step
-
-        images = []
-        for _ in range(rng.randint(1, 3)):
-            boxes = []
-            for _ in range(rng.choice([0, 1, 4, 12])):
-                x0, y0 = coordinate(40) - 8, coordinate(40) - 8
-                limit = rng.choice([8, 24, 48])
-                boxes.append((x0, y0, x0 + coordinate(limit), y0 + coordinate(limit)))
-                if rng.random() < 0.2:
-                    boxes.append(boxes[-1])
-            images.append(boxes)
-        targets = check(
-            images,
-            feature_sizes=[(max(1, 9 >> level), max(1, 11 >> level)) for level in range(levels)],
-            strides=[rng.choice([4, 5]) << level for level in range(levels)],
-            size_ranges=[(edges[i], edges[i + 1]) for i in range(levels)],
-            center_sampling_radius=radius,
-            boundary=boundary,
-            normalize=False,
-        )
-        positives += int(targets.num_pos.sum())
-    assert positives > 500
+@pytest.mark.parametrize("function", ["simt", "cuda"])
+def test_garbage_counts_are_clamped(simt: SimtLibrary, function: str) -> None:
+    boxes, labels, _ = make_padded((4, 4, 4, 4))
+    counts = torch.tensor([-1, BIG, 7, -BIG])
+    rows = [(0, 0), (6, 12), (12, 18), (18, 18)]
+    check_clamped(simt, function, boxes, labels, counts, rows)
 
 
-def test_matches_reference_normalized() -> None:
-    check(
-        [[(3, 3, 61, 50), (10, 12, 40, 30)], [], [(0, 0, 64, 64), (20, 20, 36, 36)]],
-        feature_sizes=[(8, 8), (4, 4), (2, 2)],
-        strides=[8, 16, 32],
-        size_ranges=[(0, 16), (16, 32), (32, INF)],
-        center_sampling_radius=1.5,
-        boundary="half_open",
-        normalize=True,
-    )
-
-
-def test_other_dtypes_and_gradients() -> None:
-    boxes, labels, offsets = pack([[[4, 4, 20, 20]], [[0, 0, 32, 32]]])
-    expected = assign_targets(boxes, labels, offsets, **ONE_LEVEL)
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        actual = assign_targets(
-            boxes.to(dtype).requires_grad_(), labels.int(), offsets.int(), **ONE_LEVEL
-        )
-        for a, e in zip(actual, expected, strict=True):
-            assert torch.equal(a, e) and a.dtype == e.dtype and not a.requires_grad
-
-
-def test_strided_boxes() -> None:
-    boxes, labels, offsets = pack([[[4, 4, 20, 20], [0, 1, 32, 31]]])
-    strided = boxes.t().contiguous().t()
-    assert not strided.is_contiguous()
-    for a, e in zip(
-        assign_targets(strided, labels, offsets, **ONE_LEVEL),
-        assign_targets(boxes, labels, offsets, **ONE_LEVEL),
-        strict=True,
-    ):
-        assert torch.equal(a, e)
-
-
-class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return result
-
-
-def test_memory_does_not_grow_with_locations_times_boxes() -> None:
-    rng = random.Random(0)
-    boxes = []
-    for _ in range(1000):
-        x, y = rng.random() * 700, rng.random() * 700
-        boxes.append([x, y, x + 10 + rng.random() * 90, y + 10 + rng.random() * 90])
-    with Largest() as largest:
-        targets = assign([boxes], **{**ONE_LEVEL, "feature_sizes": [(100, 100)]})
-    assert largest.numel <= 1 << 22  # of 10,000 x 1,000 x 4
-    assert targets.num_pos.item() > 5000
-    # In chunks or not, the assignment is the same: 100 single rows, moved up to the first.
-    for row in (0, 49, 99):
-        moved = [[x0, y0 - row * 8, x1, y1 - row * 8] for x0, y0, x1, y1 in boxes[:200]]
-        alone = assign([moved], **{**ONE_LEVEL, "feature_sizes": [(1, 100)]})
-        whole = assign([boxes[:200]], **{**ONE_LEVEL, "feature_sizes": [(100, 100)]})
-        assert torch.equal(alone.matched[0], whole.matched[0, row * 100 : row * 100 + 100])
-
-
-@pytest.mark.parametrize("function", [assign_targets, assign_targets_ref])
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"boxes": torch.ones(2, 4).long()}, TypeError, "boxes must be floating point, got torch"),
-        ({"labels": torch.ones(2)}, TypeError, "labels must be int32 or int64, got torch.float32"),
-        ({"offsets": torch.ones(2)}, TypeError, "offsets must be int32 or int64, got torch.float"),
-        ({"boxes": torch.ones(2, 5)}, ValueError, r"boxes must have shape \[K, 4\] with offsets, got \[2, 5\]"),
-        ({"boxes": torch.ones(8)}, ValueError, r"boxes must have shape \[K, 4\] with offsets, got \[8\]"),
-        ({"labels": torch.ones(3).long()}, ValueError, r"labels must .* \[2\], got \[3\]"),
-        ({"offsets": torch.tensor(2)}, ValueError, r"offsets must have shape \[N \+ 1\], got \[\]"),
-        ({"offsets": torch.tensor([]).long()}, ValueError, r"offsets must have shape .* got \[0\]"),
-        ({"offsets": torch.tensor([1, 2])}, ValueError, "offsets must start at 0 .*got 1 and 2"),
-        ({"offsets": torch.tensor([0, 3])}, ValueError, "boxes, 2, got 0 and 3"),
-        (
-            {"offsets": torch.tensor([0, 2, 1, 2])},
-            ValueError,
-            "offsets must not decrease, got 2 then 1 at image 1",
-        ),
-        ({"offsets": torch.zeros(2, device="meta").long()}, ValueError, "offsets must be on the"),
-        ({"strides": [8, 16]}, ValueError, "feature_sizes, strides and .* got 1, 2 and 1"),
-        (
-            {"strides": [], "feature_sizes": [], "size_ranges": []},
-            ValueError,
-            "feature_sizes, strides and size_ranges must .* got 0, 0 and 0",
-        ),
-        ({"strides": [0]}, ValueError, "strides must be whole numbers >= 1, got 0 at level 0"),
-        ({"strides": [8.5]}, ValueError, "strides must be whole numbers >= 1, got 8.5"),
-        ({"feature_sizes": [(4, 0)]}, ValueError, r"feature_sizes .* got \(4, 0\) at level 0"),
-        ({"size_ranges": [(9, 3)]}, ValueError, r"size_ranges .* got \(9, 3\) at level 0"),
-        ({"size_ranges": [(0, math.nan)]}, ValueError, r"size_ranges .* got \(0, nan\)"),
-        ({"center_sampling_radius": -1.0}, ValueError, "center_sampling_radius must be >= 0, got"),
-        ({"center_sampling_radius": math.nan}, ValueError, "center_sampling_radius must .* nan"),
-        ({"boundary": "open"}, ValueError, "boundary must be one of .*'half_open'.*, got 'open'"),
-    ],
-)
-def test_errors(function: Any, changes: dict[str, Any], error: Any, message: str) -> None:
-    arguments = {
-        "boxes": torch.ones(2, 4),
-        "labels": torch.zeros(2).long(),
-        "offsets": torch.tensor([0, 2]),
-        **ONE_LEVEL,
-        **changes,
-    }
-    with pytest.raises(error, match="^assign_targets: .*" + message):
-        function(**arguments)
+def check_clamped(
+    simt: SimtLibrary,
+    function: str,
+    boxes: Tensor,
+    labels: Tensor,
+    extents: Tensor,
+    rows: Sequence[tuple[int, int]],
+) -> None:
+    if function == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    options = (*GEOMETRY, 1.5, 0, False)
+    if function == "cuda":
+        actual = [t.cpu() for t in OP(boxes.cuda(), labels.cuda(), extents.cuda(), *options)]
+    else:
+        with simt.guarded_memory():
+            actual = torch.ops.fcos_ext_simt.assign_targets(boxes, labels, extents, *options)
+    boxes, labels = boxes.view(-1, 4), labels.flatten()
+    for image, (first, last) in enumerate(rows):
+        owned = slice(first, last)
+        truth = reference(boxes[owned], labels[owned], torch.tensor([0, last - first]))
+        matched = torch.where(truth.matched >= 0, truth.matched + first, -1)
+        assert_same([t[image : image + 1] for t in actual], truth._replace(matched=matched))

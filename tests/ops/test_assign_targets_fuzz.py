@@ -47,7 +47,7 @@ def test_fuzz(device: str, simt: SimtLibrary, part: int) -> None:
             with simt.guarded_memory():
                 results = torch.ops.fcos_ext_simt.assign_targets(*case.arguments())
             assert_identical(results, case, truth)
-    assert positives > 5000
+    assert positives > 2000
 
 
 def test_fuzz_of_the_reference() -> None:
