@@ -104,8 +104,8 @@ def assign_targets(
     Raises:
         TypeError: a tensor has the wrong kind of dtype.
         ValueError: shapes, devices or lengths do not agree, an option is out of its range; and, on
-            the CPU, ``offsets`` do not partition the boxes or ``counts`` leave 0..M. A GPU does
-            not show them to the host: there they are clamped, to what partitions the boxes.
+            the CPU, ``offsets`` do not partition the boxes or ``counts`` leave 0..M. The host does
+            not see what a GPU holds: there they are clamped, so that all rows they name exist.
     """
     extents = _check(
         boxes,
@@ -262,7 +262,9 @@ def _centerness(ltrb: Tensor) -> Tensor:
     l_, t_, r_, b_ = ltrb.unbind(-1)
     horizontal = torch.minimum(l_, r_) / torch.maximum(l_, r_)
     vertical = torch.minimum(t_, b_) / torch.maximum(t_, b_)
-    return torch.sqrt(horizontal * vertical)
+    # PyTorch's float32 root is not correctly rounded on every CPU; that of float64 rounds to the
+    # float32 nearest to the exact one.
+    return torch.sqrt((horizontal * vertical).double()).to(ltrb.dtype)
 
 
 def _check(
@@ -314,9 +316,7 @@ def _check(
             f"assign_targets: center_sampling_radius must be >= 0, got {center_sampling_radius}"
         )
     if boundary not in _BOUNDARIES:
-        raise ValueError(
-            f"assign_targets: boundary must be one of {_BOUNDARIES}, got {boundary!r}"
-        )
+        raise ValueError(f"assign_targets: boundary must be one of {_BOUNDARIES}, got {boundary!r}")
     return extents
 
 

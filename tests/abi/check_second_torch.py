@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,44 @@ def check_nms() -> None:
             assert torch.equal(kept, exact)
 
 
+def check_assign_targets() -> None:
+    """Every list and number in turn: the stable ABI does not compare them with the schema."""
+    strides, sizes = [8, 16, 32], [(24, 33), (12, 17), (6, 9)]
+    ranges = [(0.0, 32.0), (32.0, 64.0), (64.0, float("inf"))]
+    standard: dict[str, Any] = {"strides": strides, "feature_sizes": sizes, "size_ranges": ranges}
+    changes: list[dict[str, Any]] = [
+        {"center_sampling_radius": 0.0},
+        {"boundary": "strict"},
+        {"boundary": "half_open"},
+        {"normalize": True},
+    ]
+    for i in range(3):
+        changes.append({"strides": [*strides[:i], strides[i] + 5, *strides[i + 1 :]]})
+        for size in ((5, sizes[i][1]), (sizes[i][0], 7)):
+            changes.append({"feature_sizes": [*sizes[:i], size, *sizes[i + 1 :]]})
+        for ends in ((ranges[i][0] + 7.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 20.25)):
+            changes.append({"size_ranges": [*ranges[:i], ends, *ranges[i + 1 :]]})
+    # on the grid of locations, so that distances lie at the ends of ranges
+    corner = torch.randint(50, (60, 2)).mul(4.0)
+    boxes = torch.cat([corner, corner + torch.randint(1, 40, (60, 2)).mul(4.0)], dim=1)
+    labels = torch.randint(80, (60,))
+    packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
+    padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
+    padded["counts"] = torch.tensor([20, 0, 13])
+    before = None
+    for tensors in (packed, padded, packed | {"boxes": boxes.double()}):
+        for options in ({}, *changes):
+            arguments = tensors | standard | options
+            results, truth = (
+                function(**arguments)
+                for function in (fcos_ext.assign_targets, fcos_ext.assign_targets_ref)
+            )
+            for actual, exact in zip(results, truth, strict=True):
+                assert torch.equal(actual, exact), options
+            before = results if not options else before
+            assert not options or not all(map(torch.equal, results, before)), options
+
+
 def compare(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     rtol = 1e-12 if actual.dtype == torch.float64 else max(eps, 1e-5)
@@ -62,6 +101,7 @@ def compare(actual: Tensor, exact: Tensor) -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "nms": check_nms,
+    "assign_targets": check_assign_targets,
     "sigmoid_focal_loss": check_sigmoid_focal_loss,
 }
 

@@ -194,8 +194,10 @@ def random_ranges(rng: random.Random, levels: int) -> list[tuple[float, float]]:
         edges = [0, 16, 32, 64, 128][:levels] + [INF]
         return list(zip(edges[:-1], edges[1:], strict=True))
     if kind == 1:
-        return [rng.choice([(0, INF), (-INF, INF), (8, 8), (0, 0), (-5, -1), (INF, INF), (0, 1e39)])
-                for _ in range(levels)]
+        return [
+            rng.choice([(0, INF), (-INF, INF), (8, 8), (0, 0), (-5, -1), (INF, INF), (0, 1e39)])
+            for _ in range(levels)
+        ]
     return [tuple(sorted((rng.uniform(0, 90), rng.uniform(0, 90)))) for _ in range(levels)]
 
 

@@ -8,6 +8,7 @@ in test_assign_targets_fuzz.py.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -20,10 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.bench_assign_targets import SIZE_RANGES, feature_sizes, make_boxes
+from benchmarks.bench_assign_targets import feature_sizes, make_boxes
 from fcos_ext import AssignedTargets, _host, assign_targets, assign_targets_ref
 from fcos_ext._library import kernels
 from tests.ops.assign_targets_oracle import RULES, random_case
@@ -32,7 +31,9 @@ from tests.simt.build import SimtLibrary, load_simt_library
 OP = torch.ops.fcos_ext.assign_targets.default
 
 STRIDES = [8, 16, 32, 64, 128]
-IMAGE_SIZE = (320, 480)
+IMAGE_SIZE = (192, 320)
+#: Such that there are positives on every level of an image this small.
+SIZE_RANGES = [(0, 16), (16, 32), (32, 64), (64, 128), (128, math.inf)]
 OPTIONS: dict[str, Any] = {
     "feature_sizes": feature_sizes(IMAGE_SIZE),
     "strides": STRIDES,
@@ -105,10 +106,10 @@ def test_matches_reference(
         *tensors, center_sampling_radius=radius, boundary=boundary, normalize=normalize
     )
     assert_same(actual, truth)
-    assert truth.num_pos[0] > 100 and truth.num_pos[1] == 0
+    assert truth.num_pos[0] > 20 and truth.num_pos[1] == 0
 
 
-@pytest.mark.parametrize("counts", [(), (0,), (0, 0), (1,), (255, 256, 257), (5000,)], ids=str)
+@pytest.mark.parametrize("counts", [(), (0,), (0, 0), (1,), (255, 256, 257)], ids=str)
 def test_numbers_of_boxes(device: str, counts: tuple[int, ...]) -> None:
     tensors = make_packed(counts, device=device) if counts else no_images(device)
     actual = OP(*tensors, *GEOMETRY, 1.5, 0, False)
@@ -137,11 +138,12 @@ def test_every_end_of_every_range_counts(device: str, number: int) -> None:
     """As does every stride and size: schema types are not checked against those of C++."""
     tensors = make_packed((60,), device=device)
     ends = list(GEOMETRY[2])
-    ends[number] = ends[number] * 0.75 + 11.3 if ends[number] < 600 else 777.7
+    ends[number] = [14.3, 12.3, 21.3, 26.3, 37.3, 52.3, 76.3, 109.3, 149.3, 140.3][number]
     ranges = list(zip(ends[::2], ends[1::2], strict=True))
-    changed = OP(*tensors, GEOMETRY[0], STRIDES, ends, 1.5, 0, False)
-    assert_same(changed, reference(*tensors, options=OPTIONS | {"size_ranges": ranges}))
-    assert not torch.equal(changed[0], OP(*tensors, *GEOMETRY, 1.5, 0, False)[0])
+    changed = OP(*tensors, GEOMETRY[0], STRIDES, ends, 0.0, 0, False)
+    options = OPTIONS | {"size_ranges": ranges}
+    assert_same(changed, reference(*tensors, options=options, center_sampling_radius=0.0))
+    assert not torch.equal(changed[0], OP(*tensors, *GEOMETRY, 0.0, 0, False)[0])
 
 
 @pytest.mark.parametrize("level", range(5))
@@ -205,7 +207,7 @@ def test_nothing_is_differentiable(device: str, function: Any) -> None:
 
 
 def test_deterministic(device: str, threads: Callable[[int], None]) -> None:
-    tensors = make_packed((900, 3, 0, 200), device=device)
+    tensors = make_packed((400, 3, 0, 200), device=device)
     results = []
     for count in (1, 2, 3, 2):
         threads(count)
@@ -260,7 +262,7 @@ def test_instruction_sets(tmp_path: Path) -> None:
     rng = random.Random(0)
     cases = [random_case(rng).arguments() for _ in range(100)]
     for form, radius in itertools.product(FORMS, (0.0, 1.5)):
-        cases.append((*FORMS[form]((500, 30)), *GEOMETRY, radius, 0, True))
+        cases.append((*FORMS[form]((300, 30)), *GEOMETRY, radius, 0, True))
     torch.save(cases, tmp_path / "cases.pt")
     running = []
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
@@ -288,7 +290,7 @@ def simt() -> SimtLibrary:
 @pytest.mark.parametrize("form", FORMS)
 def test_simt(simt: SimtLibrary, form: str, radius: float, seed: int) -> None:
     """One launch for all images and levels, and the same bits whatever the order of the threads."""
-    tensors = FORMS[form]((600, 0, 30))
+    tensors = FORMS[form]((280, 0, 30))
     simt.set_seed(seed)
     before = simt.launches
     with simt.guarded_memory():

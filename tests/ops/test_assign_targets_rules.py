@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fcos_ext.assign_targets import AssignedTargets, assign_targets, assign_targets_ref
 
@@ -336,3 +338,33 @@ def test_normalized() -> None:
         boundary="half_open",
         normalize=True,
     )
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+def test_memory_does_not_grow_with_locations_times_boxes() -> None:
+    rng = random.Random(0)
+    boxes = []
+    for _ in range(1000):
+        x, y = rng.random() * 700, rng.random() * 700
+        boxes.append([x, y, x + 10 + rng.random() * 90, y + 10 + rng.random() * 90])
+    with Largest() as largest:
+        targets = assign_targets_ref(*pack([boxes]), **{**ONE_LEVEL, "feature_sizes": [(100, 100)]})
+    assert largest.numel <= 1 << 22  # of 10,000 x 1,000 x 4
+    assert targets.num_pos.item() > 5000
+    # In chunks or not, the assignment is the same: 100 single rows, moved up to the first.
+    for row in (0, 49, 99):
+        moved = [[x0, y0 - row * 8, x1, y1 - row * 8] for x0, y0, x1, y1 in boxes[:200]]
+        alone = assign([moved], **{**ONE_LEVEL, "feature_sizes": [(1, 100)]})
+        whole = assign([boxes[:200]], **{**ONE_LEVEL, "feature_sizes": [(100, 100)]})
+        assert torch.equal(alone.matched[0], whole.matched[0, row * 100 : row * 100 + 100])
