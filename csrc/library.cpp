@@ -29,4 +29,7 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, int max_detections) "
       "-> Tensor");
+  m.def(
+      "padded_batched_nms(Tensor boxes, Tensor scores, Tensor labels, float iou_threshold, "
+      "int max_detections, bool class_agnostic) -> (Tensor keep, Tensor counts)");
 }

@@ -6,15 +6,8 @@ specification, the fallback where no kernel was built, and the baseline of the b
 
 from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
 from .iou_loss import iou_loss, iou_loss_ref
-from .nms import (
-    PaddedKeep,
-    batched_nms,
-    batched_nms_ref,
-    nms,
-    nms_ref,
-    padded_batched_nms,
-    padded_batched_nms_ref,
-)
+from .nms import batched_nms, batched_nms_ref, nms, nms_ref
+from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 
 __all__ = [

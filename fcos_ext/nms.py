@@ -1,8 +1,6 @@
-"""Greedy non-maximum suppression: torchvision's two functions, and a batched padded one."""
+"""Greedy non-maximum suppression: torchvision's two functions."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +13,6 @@ _DEVICES = kernels("nms")
 # are bounded, whatever the number of boxes.
 _BLOCK = 128
 _CHUNK = 4096
-
-
-class PaddedKeep(NamedTuple):
-    """What :func:`padded_batched_nms` keeps of each image."""
-
-    keep: Tensor
-    """int64 [N, D]: indices into K in order of falling score, then -1."""
-    counts: Tensor
-    """int64 [N]: how many of the D are indices."""
 
 
 def nms(
@@ -94,36 +83,6 @@ def batched_nms(
     if boxes.device.type not in _DEVICES:
         return batched_nms_ref(boxes, scores, idxs, iou_threshold, max_detections=max_detections)
     return torch.ops.fcos_ext.nms(boxes, scores, idxs.to(torch.int64), iou_threshold, limit)
-
-
-def padded_batched_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    iou_threshold: float,
-    max_detections: int,
-) -> PaddedKeep:
-    """:func:`batched_nms` of every image of a batch, stopped at ``max_detections``.
-
-    Shapes are fixed by the arguments and nothing waits for the device. Same rules as
-    :func:`nms`; candidates with a negative label or a score of NaN or -inf are absent, which is
-    how images with fewer than K candidates are padded.
-
-    Args:
-        boxes (Tensor[N, K, 4]): x0, y0, x1, y1; any floating dtype.
-        scores (Tensor[N, K]): any floating dtype, in any order.
-        labels (Tensor[N, K]): class of each candidate, integers; only equal ones suppress.
-        iou_threshold: in [0, 1].
-        max_detections: D, at least 1.
-
-    Returns:
-        PaddedKeep: keep (Tensor[N, D]) and counts (Tensor[N]). Not differentiable.
-
-    Raises:
-        TypeError: boxes or scores are not floating point, or labels are not integers.
-        ValueError: shapes or devices do not agree, or a number is out of its range.
-    """
-    return padded_batched_nms_ref(boxes, scores, labels, iou_threshold, max_detections)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""nms, batched_nms and padded_batched_nms against torchvision and a pure-Python greedy loop."""
+"""nms and batched_nms against torchvision and a pure-Python greedy loop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fcos_ext.nms import (
-    batched_nms,
-    batched_nms_ref,
-    nms,
-    nms_ref,
-    padded_batched_nms,
-    padded_batched_nms_ref,
-)
+from fcos_ext.nms import batched_nms, batched_nms_ref, nms, nms_ref
 
 INF, NAN = math.inf, math.nan
 
@@ -150,15 +143,8 @@ def test_threshold_is_a_float32() -> None:
     for above, whole, iou_threshold in ((6, 10, 0.6), (7, 10, 0.7), (1, 3, 1 / 3), (1, 2, 0.5)):
         boxes = torch.tensor([[0, 0, 10, whole], [0, 0, 10, above]]).float()
         scores = torch.tensor([0.9, 0.8])
-        groups = torch.zeros(2, dtype=torch.int64)
         assert nms(boxes, scores, iou_threshold).tolist() == [0, 1]
         assert nms(boxes, scores, iou_threshold - 1e-6).tolist() == [0]
-        keep, _ = padded_batched_nms(boxes[None], scores[None], groups[None], iou_threshold, 2)
-        assert keep.tolist() == [[0, 1]]
-        keep, _ = padded_batched_nms(
-            boxes[None], scores[None], groups[None], iou_threshold - 1e-6, 2
-        )
-        assert keep.tolist() == [[0, -1]]
 
 
 @pytest.mark.parametrize("iou_threshold", [0.0, 0.5, 1.0])
@@ -188,9 +174,6 @@ def test_odd_boxes_neither_suppress_nor_are_suppressed(
     expected = [0, 1, 2, 4] if iou_threshold < 1 else [0, 1, 2, 3, 4]
     assert nms(boxes, scores, iou_threshold).tolist() == expected
     assert batched_nms(boxes, scores, groups, iou_threshold).tolist() == expected
-    keep, counts = padded_batched_nms(boxes[None], scores[None], groups[None], iou_threshold, 7)
-    assert keep.tolist() == [expected + [-1] * (7 - len(expected))]
-    assert counts.tolist() == [len(expected)]
 
 
 def test_odd_scores() -> None:
@@ -199,8 +182,6 @@ def test_odd_scores() -> None:
     groups = torch.zeros(6, dtype=torch.int64)
     assert nms(boxes, scores, 0.5).tolist() == [3, 0, 4, 5, 2]
     assert batched_nms(boxes, scores, groups, 0.5).tolist() == [3, 0, 4, 5, 2]
-    keep, counts = padded_batched_nms(boxes[None], scores[None], groups[None], 0.5, 6)
-    assert keep.tolist() == [[3, 0, 4, 5, -1, -1]] and counts.tolist() == [4]
     assert nms(boxes, torch.full((6,), NAN), 0.5).tolist() == []
     # A box with a NaN score suppresses nothing.
     same = boxes[:1].expand(2, 4)
@@ -246,63 +227,12 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(nms(boxes, scores.float(), 0.4), expected)
     expected = batched_nms(boxes.float(), scores.float(), groups, 0.4)
     assert torch.equal(batched_nms(boxes, scores, groups.to(torch.uint8), 0.4), expected)
-    keep, counts = padded_batched_nms(boxes[None], scores[None], groups[None].int(), 0.4, 300)
-    assert keep[0, : counts[0]].tolist() == expected.tolist()
-    assert keep.dtype == counts.dtype == torch.int64
 
 
 def test_scores_are_compared_in_their_own_dtype() -> None:
     scores = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64)
     boxes = torch.tensor([[0, 0, 1, 1], [5, 5, 6, 6]]).float()
     assert nms(boxes, scores, 0.5).tolist() == [1, 0]
-    groups = torch.zeros(1, 2, dtype=torch.int64)
-    assert padded_batched_nms(boxes[None], scores[None], groups, 0.5, 2).keep.tolist() == [[1, 0]]
-
-
-@pytest.mark.parametrize("max_detections", [1, 5, 40])
-def test_padded_matches_batched_nms(max_detections: int) -> None:
-    rng = random.Random(max_detections)
-    reached = 0
-    for seed in range(60):
-        n, k = rng.randint(1, 4), rng.choice([1, 2, 30, 90])
-        boxes = make_boxes(n * k, seed, rng.choice([15.0, 150.0])).reshape(n, k, 4)
-        scores = make_scores(n, k, seed=seed)
-        if seed % 2:
-            scores = (scores * 4).round() / 4
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(-1, 3, (n, k), generator=generator)
-        scores[torch.rand(n, k, generator=generator) < 0.05] = NAN
-        scores[torch.rand(n, k, generator=generator) < 0.05] = -INF
-        keep, counts = padded_batched_nms(boxes, scores, labels, 0.4, max_detections)
-        assert keep.shape == (n, max_detections) and counts.shape == (n,)
-        for i in range(n):
-            present = ((labels[i] >= 0) & (scores[i] > -INF)).nonzero().ravel()
-            kept = batched_nms(boxes[i, present], scores[i, present], labels[i, present], 0.4)
-            expected = present[kept][:max_detections].tolist()
-            assert keep[i].tolist() == expected + [-1] * (max_detections - len(expected))
-            assert counts[i] == len(expected)
-            reached += len(expected) == max_detections
-    assert reached > 0
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
-def test_padded_of_nothing(shape: tuple[int, int]) -> None:
-    scores = torch.zeros(shape)
-    keep, counts = padded_batched_nms(torch.zeros(*shape, 4), scores, scores.long(), 0.5, 2)
-    assert keep.tolist() == [[-1, -1]] * shape[0] and counts.tolist() == [0] * shape[0]
-    assert keep.dtype == counts.dtype == torch.int64
-
-
-def test_padded_compile_fullgraph() -> None:
-    boxes, scores = make_boxes(32, 0, 50.0).reshape(2, 16, 4), make_scores(2, 16, seed=0)
-    labels = torch.arange(32).reshape(2, 16) % 3 - 1
-
-    def call(boxes: Tensor, scores: Tensor, labels: Tensor) -> Any:
-        return padded_batched_nms(boxes, scores, labels, 0.4, 5)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(boxes, scores, labels), call(boxes, scores, labels)
-    assert torch.equal(actual[0], expected.keep) and torch.equal(actual[1], expected.counts)
 
 
 class Largest(TorchDispatchMode):
@@ -330,28 +260,24 @@ def test_memory_grows_with_n_alone() -> None:
     [
         ("nms", (nms, nms_ref)),
         ("batched_nms", (batched_nms, batched_nms_ref)),
-        ("padded_batched_nms", (padded_batched_nms, padded_batched_nms_ref)),
     ],
 )
 def test_errors(op: str, functions: Any) -> None:
-    lead = (2,) if op == "padded_batched_nms" else ()
-    groups = {"nms": None, "batched_nms": "idxs", "padded_batched_nms": "labels"}[op]
+    groups = {"nms": None, "batched_nms": "idxs"}[op]
     good: dict[str, Any] = {
-        "boxes": torch.zeros(*lead, 3, 4),
-        "scores": torch.zeros(*lead, 3),
+        "boxes": torch.zeros(3, 4),
+        "scores": torch.zeros(3),
         "iou_threshold": 0.5,
     }
     if groups:
-        good[groups] = torch.zeros(*lead, 3, dtype=torch.int64)
-    if op == "padded_batched_nms":
-        good["max_detections"] = 5
+        good[groups] = torch.zeros(3, dtype=torch.int64)
     cases: list[tuple[dict[str, Any], Any, str]] = [
         ({"boxes": good["boxes"].long()}, TypeError, "boxes must be floating point, got torch.int"),
         ({"scores": good["scores"].int()}, TypeError, "scores must be floating point, got torch"),
-        ({"boxes": torch.zeros(*lead, 3, 5)}, ValueError, r"boxes must have shape .*K, 4\], got"),
-        ({"boxes": torch.zeros(*lead, 1, 3, 4)}, ValueError, r"boxes must have shape .*K, 4\]"),
-        ({"scores": torch.zeros(*lead, 4)}, ValueError, r"scores must .*3\], got .*4\]"),
-        ({"scores": torch.zeros(*lead, 3, device="meta")}, ValueError, "scores .* cpu, got meta"),
+        ({"boxes": torch.zeros(3, 5)}, ValueError, r"boxes must have shape .*K, 4\], got"),
+        ({"boxes": torch.zeros(1, 3, 4)}, ValueError, r"boxes must have shape .*K, 4\]"),
+        ({"scores": torch.zeros(4)}, ValueError, r"scores must .*3\], got .*4\]"),
+        ({"scores": torch.zeros(3, device="meta")}, ValueError, "scores .* cpu, got meta"),
         ({"iou_threshold": 1.5}, ValueError, r"iou_threshold must be in \[0, 1\], got 1.5"),
         ({"iou_threshold": -0.1}, ValueError, r"iou_threshold must be in \[0, 1\], got -0.1"),
         ({"iou_threshold": NAN}, ValueError, r"iou_threshold must be in \[0, 1\], got nan"),
@@ -362,8 +288,6 @@ def test_errors(op: str, functions: Any) -> None:
             ({groups: good[groups] > 0}, TypeError, f"{groups} must be integers, got torch.bool"),
             ({groups: good[groups][..., :2]}, ValueError, rf"{groups} must .*3\], got .*2\]"),
         ]
-    if op == "padded_batched_nms":
-        cases += [({"max_detections": 0}, ValueError, "max_detections must be at least 1, got 0")]
     for function in functions:
         function(**good)
         for changes, error, message in cases:
