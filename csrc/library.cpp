@@ -32,4 +32,8 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def(
       "padded_batched_nms(Tensor boxes, Tensor scores, Tensor labels, float iou_threshold, "
       "int max_detections, bool class_agnostic) -> (Tensor keep, Tensor counts)");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "
+      "float score_threshold, bool gaussian, int max_detections) -> "
+      "(Tensor keep, Tensor kept_scores, Tensor counts)");
 }

@@ -35,35 +35,40 @@ FCOS_INLINE float product(float a, float b) {
 #endif
 }
 
-// e^x for x <= 0. Below about -87 the float version stays at 2^-126 or 0: nothing that is added
-// to a number of ordinary size can tell.
-FCOS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
-FCOS_INLINE float exp_nonpositive(float x) {
-  const float t = x * 1.44269504088896341f;
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
-  return y;
-#else
+// e^x for x <= 0 by a series: the same bits on every device. Below about -87 it is 2^-126 or 0.
+FCOS_INLINE float exp_by_series(float x) {
   // 2^t = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds t to the integer n and leaves it in
   // the low bits, from where it is shifted into the exponent. The series is that of e^(f ln 2).
+  const float t = product(x, 1.44269504088896341f);
   const float clamped = t < -126.0f ? -126.0f : t;
   const float shifted = clamped + 12582912.0f;
-  const float f = (clamped - (shifted - 12582912.0f)) * 0.693147180559945309f;
+  const float f = product(clamped - (shifted - 12582912.0f), 0.693147180559945309f);
   float series = 1.0f / 5040.0f;
-  series = series * f + 1.0f / 720.0f;
-  series = series * f + 1.0f / 120.0f;
-  series = series * f + 1.0f / 24.0f;
-  series = series * f + 1.0f / 6.0f;
-  series = series * f + 0.5f;
-  series = series * f + 1.0f;
-  series = series * f + 1.0f;
+  series = product(series, f) + 1.0f / 720.0f;
+  series = product(series, f) + 1.0f / 120.0f;
+  series = product(series, f) + 1.0f / 24.0f;
+  series = product(series, f) + 1.0f / 6.0f;
+  series = product(series, f) + 0.5f;
+  series = product(series, f) + 1.0f;
+  series = product(series, f) + 1.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
   float power;
   std::memcpy(&power, &bits, sizeof(power));
-  return power * series;
+  return product(power, series);
+}
+
+// e^x for x <= 0, as fast as the device can. Below about -87 the float version stays at 2^-126 or
+// 0: nothing that is added to a number of ordinary size can tell.
+FCOS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+FCOS_INLINE float exp_nonpositive(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+  return y;
+#else
+  return exp_by_series(x);
 #endif
 }
 

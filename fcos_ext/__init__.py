@@ -9,10 +9,18 @@ from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
+from .soft_nms import (
+    PaddedSoftKeep,
+    padded_soft_nms,
+    padded_soft_nms_ref,
+    soft_nms,
+    soft_nms_ref,
+)
 
 __all__ = [
     "AssignedTargets",
     "PaddedKeep",
+    "PaddedSoftKeep",
     "assign_targets",
     "assign_targets_ref",
     "batched_nms",
@@ -23,6 +31,10 @@ __all__ = [
     "nms_ref",
     "padded_batched_nms",
     "padded_batched_nms_ref",
+    "padded_soft_nms",
+    "padded_soft_nms_ref",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_ref",
+    "soft_nms",
+    "soft_nms_ref",
 ]

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> padded_batched_nms_cpu(const Tensor& boxes, const Ten
                                                   const Tensor& labels, double iou_threshold,
                                                   int64_t max_detections, bool class_agnostic) {
   constexpr const char* kOp = "padded_batched_nms";
-  check_candidates(kOp, boxes, scores, "labels", labels, max_detections);
+  check_candidates(kOp, boxes, {{"scores", scores}, {"labels", labels}}, max_detections);
   const Tensor b = torch::stable::contiguous(boxes);
   const Tensor s = torch::stable::contiguous(scores);
   const Tensor l = torch::stable::contiguous(labels);

@@ -390,7 +390,7 @@ std::tuple<Tensor, Tensor> padded_batched_nms_cuda(const Tensor& boxes, const Te
                                                    const Tensor& labels, double iou_threshold,
                                                    int64_t max_detections, bool class_agnostic) {
   constexpr const char* kOp = "padded_batched_nms";
-  check_candidates(kOp, boxes, scores, "labels", labels, max_detections);
+  check_candidates(kOp, boxes, {{"scores", scores}, {"labels", labels}}, max_detections);
   Tensor b = torch::stable::contiguous(boxes);
   if (!is_vector_aligned(b.const_data_ptr())) b = torch::stable::clone(b);
   const Tensor s = torch::stable::contiguous(scores);

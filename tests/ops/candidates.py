@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fcos_ext import _host
 from tests.simt.build import load_simt_library
 
+ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 #: The compiled kernels, and the CUDA source in the simulator.
 BACKENDS = ["cpu", "simt", pytest.param("cuda", marks=NO_GPU)]
@@ -85,3 +91,33 @@ def fuzzed_candidates(rng: np.random.Generator, n: int) -> Candidates:
     labels = rng.choice(few, (n, k), p=[0.2, *[0.8 / (len(few) - 1)] * (len(few) - 1)])
     dtype = torch.float64 if rng.random() < 0.3 else torch.float32
     return torch.from_numpy(boxes), torch.from_numpy(scores).to(dtype), torch.from_numpy(labels)
+
+
+DIGEST_PROGRAM = """
+import hashlib, sys, torch
+from fcos_ext import _host
+from tests.ops.candidates import make_candidates
+assert _host.cpu_isa() == sys.argv[1], _host.cpu_isa()
+digest = hashlib.sha256()
+for k, classes in ((5, 2), (300, 3), (3000, 80)):
+    for dtype in (torch.float32, torch.float64):
+        boxes, scores, labels = make_candidates(3, k, classes, ties=True)
+        for result in run(boxes, scores.to(dtype), labels):
+            digest.update(result.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digests_by_instruction_set(run: str) -> list[str]:
+    """Of the results of ``run``, a Python function of candidates, in a process for each set."""
+    names = ["baseline", "avx2", "avx512"]
+    running = []
+    for isa in names[: names.index(_host.cpu_isa()) + 1]:
+        command = [sys.executable, "-c", f"import torch\nrun = {run}\n{DIGEST_PROGRAM}", isa]
+        environment = os.environ | {"FCOS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    digests = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running)
+    return digests
