@@ -111,41 +111,6 @@ def batched_nms_ref(
     return _greedy(boxes, scores, idxs, iou_threshold, limit)
 
 
-@torch.no_grad()
-def padded_batched_nms_ref(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    iou_threshold: float,
-    max_detections: int,
-) -> PaddedKeep:
-    """Same contract as :func:`padded_batched_nms`, in plain PyTorch, D steps for all images."""
-    op = "padded_batched_nms"
-    _check(op, boxes, scores, ("labels", labels), iou_threshold, dims=2)
-    if max_detections < 1:
-        raise ValueError(f"{op}: max_detections must be at least 1, got {max_detections}")
-    num_images, num_candidates = scores.shape
-    boxes = boxes.to(torch.float32)
-    index = torch.arange(num_candidates, device=boxes.device)
-    # -inf marks who is absent, and below also who has been kept or suppressed.
-    left = scores.masked_fill((labels < 0) | scores.isnan(), -torch.inf)
-
-    steps = min(max_detections, num_candidates)
-    columns = []
-    for _ in range(steps):
-        # argmax documents that it returns the first of equal maxima.
-        best = left.argmax(dim=1, keepdim=True)
-        found = left.gather(1, best) > -torch.inf
-        columns.append(torch.where(found, best, -1))
-        best_box = boxes.gather(1, best[..., None].expand(-1, -1, 4))
-        overlapping = _pairwise_iou(best_box, boxes)[:, 0] > iou_threshold
-        leaving = (overlapping & (labels == labels.gather(1, best))) | (index == best)
-        left = left.masked_fill(leaving, -torch.inf)
-    columns.append(index.new_full((num_images, max_detections - steps), -1))
-    keep = torch.cat(columns, dim=1)
-    return PaddedKeep(keep, (keep >= 0).sum(dim=1))
-
-
 def _greedy(
     boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, limit: int
 ) -> Tensor:

@@ -156,7 +156,7 @@ def soft_nms(
         method == "gaussian",
         limit,
     )
-    return _first_image(*results, scores.dtype)
+    return _first_image(results, scores.dtype)
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def soft_nms_ref(
         method == "gaussian",
         limit,
     )
-    return _first_image(*results, scores.dtype)
+    return _first_image(results, scores.dtype)
 
 
 def _select(
@@ -258,8 +258,9 @@ def _select(
 
 
 def _first_image(
-    keep: Tensor, scores: Tensor, counts: Tensor, dtype: torch.dtype
+    results: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    keep, scores, counts = results
     count = int(counts[0])
     return keep[0, :count], scores[0, :count].to(dtype)
 

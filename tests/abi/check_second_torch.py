@@ -93,6 +93,37 @@ def check_assign_targets() -> None:
             assert not options or not all(map(torch.equal, results, before)), options
 
 
+def check_padded_batched_nms() -> None:
+    boxes, scores, labels = candidates()
+    for dtype in (torch.float64, torch.float32):
+        for class_agnostic in (False, True):
+            arguments = boxes, scores.to(dtype), labels, 0.4, 50
+            kept, truth = (
+                function(*arguments, class_agnostic=class_agnostic)
+                for function in (fcos_ext.padded_batched_nms, fcos_ext.padded_batched_nms_ref)
+            )
+            assert torch.equal(kept.keep, truth.keep) and torch.equal(kept.counts, truth.counts)
+
+
+def check_soft_nms() -> None:
+    arguments = *candidates(), 0.3, 50
+    for method in ("linear", "gaussian"):
+        for options in ({"score_threshold": 0.1}, {"sigma": 0.2, "class_agnostic": True}):
+            kept, truth = (
+                function(*arguments, method=method, **options)
+                for function in (fcos_ext.padded_soft_nms, fcos_ext.padded_soft_nms_ref)
+            )
+            assert torch.equal(kept.keep, truth.keep) and torch.equal(kept.counts, truth.counts)
+            compare(kept.scores, truth.scores.double())
+
+
+def candidates() -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [3, 400, 4], scores, and labels from -1."""
+    corner, sides = torch.rand(3, 400, 2) * 300, torch.rand(3, 400, 2) * 50 + 10
+    boxes = torch.cat([corner, corner + sides], dim=-1)
+    return boxes, torch.rand(3, 400), torch.randint(-1, 3, (3, 400))
+
+
 def compare(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     rtol = 1e-12 if actual.dtype == torch.float64 else max(eps, 1e-5)
@@ -103,6 +134,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "nms": check_nms,
     "assign_targets": check_assign_targets,
     "sigmoid_focal_loss": check_sigmoid_focal_loss,
+    "padded_batched_nms": check_padded_batched_nms,
+    "sigmoid_focal_loss": check_sigmoid_focal_loss,
+    "soft_nms": check_soft_nms,
 }
 
 
