@@ -33,7 +33,9 @@ def make_candidates(
     corner = torch.rand(images, candidates, 2, generator=generator)
     corner *= torch.tensor([width, height])
     sides = torch.rand(images, candidates, 2, generator=generator) * 200 + 10
-    scores = torch.rand(images, candidates, generator=generator)
+    # No two of an image are equal: torchvision leaves their order open.
+    order = torch.rand(images, candidates, generator=generator).argsort(dim=1)
+    scores = (order + 0.5) / candidates
     labels = torch.randint(shapes.NUM_CLASSES, (images, candidates), generator=generator)
     return torch.cat([corner, corner + sides], dim=-1), scores, labels
 
