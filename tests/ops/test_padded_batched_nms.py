@@ -89,6 +89,18 @@ def test_all_scores_equal(backend: str, score: float) -> None:
     assert_same(kernel(NAME, backend)(*args), reference(*args))
 
 
+@pytest.mark.parametrize("best", [255, 256, 257, 1023, 1024, 1025])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_scores(backend: str, best: int) -> None:
+    """About as many of the better one as the CUDA kernel sorts at a time, here or on a GPU."""
+    k = best + 300
+    boxes = torch.arange(k)[None, :, None] * 100 + torch.tensor([0, 0, 10, 10])
+    scores = torch.where(torch.arange(k) < 300, 0.25, 0.5)[None]
+    args = boxes.float(), scores, torch.zeros(1, k, dtype=torch.int64), 0.5, k, False
+    keep, counts = kernel(NAME, backend)(*args)
+    assert keep.tolist() == [[*range(300, k), *range(300)]] and counts.tolist() == [k]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hand_computed(backend: str) -> None:
     boxes = [
