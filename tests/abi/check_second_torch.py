@@ -131,9 +131,8 @@ def compare(actual: Tensor, exact: Tensor) -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    "nms": check_nms,
     "assign_targets": check_assign_targets,
-    "sigmoid_focal_loss": check_sigmoid_focal_loss,
+    "nms": check_nms,
     "padded_batched_nms": check_padded_batched_nms,
     "sigmoid_focal_loss": check_sigmoid_focal_loss,
     "soft_nms": check_soft_nms,
