@@ -36,4 +36,10 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "
       "float score_threshold, bool gaussian, int max_detections) -> "
       "(Tensor keep, Tensor kept_scores, Tensor counts)");
+  m.def(
+      "iou_loss(Tensor pred, Tensor target, Tensor? weights, Tensor? labels, Tensor? normalizer, "
+      "int kind, int reduction, float smooth, float eps) -> (Tensor loss, Tensor divisor)");
+  m.def(
+      "iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weights, Tensor? labels, "
+      "Tensor? divisor, int kind, float smooth, float eps) -> Tensor");
 }

@@ -35,6 +35,14 @@ FCOS_INLINE float product(float a, float b) {
 #endif
 }
 
+FCOS_INLINE double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // e^x for x <= 0 by a series: the same bits on every device. Below about -87 it is 2^-126 or 0.
 FCOS_INLINE float exp_by_series(float x) {
   // 2^t = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds t to the integer n and leaves it in

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ._library import kernels, register
 
 IoUKind = Literal["iou", "linear_iou", "giou", "diou", "ciou"]
 Reduction = Literal["none", "mean", "sum"]
@@ -15,6 +17,10 @@ IOU_FLOOR = 1e-6
 """``-log(iou)`` is taken of at least this, so that the loss of disjoint boxes is 13.8, not inf."""
 NORMALIZER_FLOOR = 1e-6
 """A sum of centerness may be well below 1, hence a floor that only keeps 0 out of the division."""
+
+_DEVICES = kernels("iou_loss")
+_KINDS = {kind: number for number, kind in enumerate(get_args(IoUKind))}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
 def iou_loss(
@@ -84,17 +90,28 @@ def iou_loss(
         TypeError: a tensor has the wrong kind of dtype, or is not a tensor.
         ValueError: shapes or devices do not agree, or an option has an unknown value.
     """
-    return iou_loss_ref(
-        pred,
-        target,
-        weights,
-        labels=labels,
-        kind=kind,
-        reduction=reduction,
-        normalizer=normalizer,
-        smooth=smooth,
-        eps=eps,
+    _check_tensors(pred, target, weights, labels)
+    _check_options(pred, kind, reduction, normalizer, smooth, eps)
+    if pred.device.type not in _DEVICES:
+        return iou_loss_ref(
+            pred,
+            target,
+            weights,
+            labels=labels,
+            kind=kind,
+            reduction=reduction,
+            normalizer=normalizer,
+            smooth=smooth,
+            eps=eps,
+        )
+    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+        labels = labels.to(torch.int64)
+    if normalizer is not None and normalizer.dtype != (dtype := sum_dtype(pred)):
+        normalizer = normalizer.to(dtype)
+    loss, _ = torch.ops.fcos_ext.iou_loss(
+        pred, target, weights, labels, normalizer, _KINDS[kind], _REDUCTIONS[reduction], smooth, eps
     )
+    return loss  # type: ignore[no-any-return]
 
 
 def iou_loss_ref(
@@ -112,7 +129,7 @@ def iou_loss_ref(
     """Same contract as :func:`iou_loss`, in differentiable PyTorch, without synchronisation."""
     _check_tensors(pred, target, weights, labels)
     _check_options(pred, kind, reduction, normalizer, smooth, eps)
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(pred)
     p = pred.to(dtype)
     t = target.detach().to(dtype)
     taking_part = None if labels is None else labels >= 0
@@ -136,6 +153,11 @@ def iou_loss_ref(
     if normalizer is None:
         return loss.sum()
     return loss.sum() / normalizer.detach().to(dtype).clamp(min=NORMALIZER_FLOOR)
+
+
+def sum_dtype(pred: Tensor) -> torch.dtype:
+    """What the loss of ``pred`` is computed in."""
+    return torch.float64 if pred.dtype == torch.float64 else torch.float32
 
 
 def _row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float) -> Tensor:
@@ -252,3 +274,43 @@ def _check_options(
             f"iou_loss: normalizer must be on the device of pred, {pred.device}, "
             f"got {normalizer.device}"
         )
+
+
+def _fake(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    labels: Tensor | None,
+    normalizer: Tensor | None,
+    kind: int,
+    reduction: int,
+    smooth: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    divisor = pred.new_empty((), dtype=sum_dtype(pred))
+    if reduction == _REDUCTIONS["none"]:
+        return pred.new_empty(pred.shape[:-1]), divisor
+    return torch.empty_like(divisor), divisor
+
+
+def _fake_backward(grad: Tensor, pred: Tensor, *inputs: Any) -> Tensor:
+    return torch.empty_like(pred)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    pred, target, weights, labels, _, ctx.kind, reduction, ctx.smooth, ctx.eps = inputs
+    divisor = None if reduction == _REDUCTIONS["none"] else output[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(pred, target, weights, labels, divisor)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    pred, target, weights, labels, divisor = ctx.saved_tensors
+    grad_pred = torch.ops.fcos_ext.iou_loss_backward(
+        grad, pred, target, weights, labels, divisor, ctx.kind, ctx.smooth, ctx.eps
+    )
+    return grad_pred, None, None, None, None, None, None, None, None
+
+
+register("iou_loss", fake=_fake, setup_context=_setup_context, backward=_backward)
+register("iou_loss_backward", fake=_fake_backward)

@@ -1,0 +1,120 @@
+// The argument rules of iou_loss, the same for CPU and CUDA.
+#pragma once
+
+#include "common.h"
+#include "iou_loss.h"
+#include "labels.h"
+#include "rows.h"
+
+namespace fcos_ext {
+
+// The numbers are those of the schema.
+enum class Reduction : int64_t { kNone, kSum, kMean };
+
+// Calls f with std::integral_constant<IoUKind, kind>.
+template <typename F>
+inline void dispatch_kind(IoUKind kind, const F& f) {
+  switch (kind) {
+    case IoUKind::kIoU:
+      return f(std::integral_constant<IoUKind, IoUKind::kIoU>{});
+    case IoUKind::kLinearIoU:
+      return f(std::integral_constant<IoUKind, IoUKind::kLinearIoU>{});
+    case IoUKind::kGIoU:
+      return f(std::integral_constant<IoUKind, IoUKind::kGIoU>{});
+    case IoUKind::kDIoU:
+      return f(std::integral_constant<IoUKind, IoUKind::kDIoU>{});
+    case IoUKind::kCIoU:
+      return f(std::integral_constant<IoUKind, IoUKind::kCIoU>{});
+  }
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": ", name,
+                  " must be float32, float64, float16 or bfloat16, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+// pred and target [..., 4], and the kind.
+inline void check_boxes(const char* op, const Tensor& pred, const Tensor& target, int64_t kind) {
+  check_floating(op, "pred", pred);
+  check_floating(op, "target", target);
+  STD_TORCH_CHECK(pred.dim() >= 1 && pred.size(-1) == 4, op, ": pred must be [..., 4], got ",
+                  pred.dim(), " dimensions, the last of ",
+                  pred.dim() >= 1 ? pred.size(-1) : int64_t(0));
+  STD_TORCH_CHECK(target.sizes().equals(pred.sizes()), op, ": target must have the shape of pred");
+  check_same_device(op, "pred", pred, "target", target);
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(IoUKind::kCIoU), op,
+                  ": kind must lie in 0..4, got ", kind);
+}
+
+// t has one value for each row of pred.
+inline void check_one_per_row(const char* op, const char* name, const Tensor& t,
+                              const Tensor& pred) {
+  bool agree = t.dim() == pred.dim() - 1;
+  for (int64_t d = 0; agree && d < t.dim(); ++d) agree = t.size(d) == pred.size(d);
+  STD_TORCH_CHECK(agree, op, ": ", name, " must have the shape of pred without its last dimension");
+  check_same_device(op, "pred", pred, name, t);
+}
+
+inline void check_labels(const char* op, const Tensor& labels, const Tensor& pred) {
+  STD_TORCH_CHECK(
+      labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
+      ": labels must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+  check_one_per_row(op, "labels", labels, pred);
+}
+
+// t is a number in the type of the computation.
+inline void check_scalar(const char* op, const char* name, const Tensor& t, const Tensor& pred) {
+  STD_TORCH_CHECK(t.dim() == 0, op, ": ", name, " must be a 0-d tensor, got ", t.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(t.scalar_type() == acc_dtype(pred), op, ": ", name, " must be ",
+                  torch::headeronly::toString(acc_dtype(pred)), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  check_same_device(op, "pred", pred, name, t);
+}
+
+inline void check_iou_loss(const char* op, const Tensor& pred, const Tensor& target,
+                           const std::optional<Tensor>& weights,
+                           const std::optional<Tensor>& labels, int64_t kind) {
+  check_boxes(op, pred, target, kind);
+  if (weights) {
+    check_floating(op, "weights", *weights);
+    check_one_per_row(op, "weights", *weights, pred);
+  }
+  if (labels) check_labels(op, *labels, pred);
+}
+
+inline void check_reduction(const char* op, int64_t reduction, const Tensor& pred,
+                            const std::optional<Tensor>& normalizer) {
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction must lie in 0..2, got ",
+                  reduction);
+  if (!normalizer) return;
+  STD_TORCH_CHECK(reduction == static_cast<int64_t>(Reduction::kSum), op,
+                  ": normalizer needs the sum, got reduction ", reduction);
+  check_scalar(op, "normalizer", *normalizer, pred);
+}
+
+// `grad` is that of the sum, with the divisor of the sum, or that of each loss.
+inline void check_iou_loss_grad(const char* op, const Tensor& grad, const Tensor& pred,
+                                const std::optional<Tensor>& divisor) {
+  if (divisor) {
+    check_scalar(op, "grad", grad, pred);
+    return check_scalar(op, "divisor", *divisor, pred);
+  }
+  STD_TORCH_CHECK(grad.scalar_type() == pred.scalar_type(), op,
+                  ": grad must have the dtype of pred, got ",
+                  torch::headeronly::toString(grad.scalar_type()));
+  check_one_per_row(op, "grad", grad, pred);
+}
+
+// The shape of one value for each row.
+inline torch::headeronly::IntHeaderOnlyArrayRef batch_sizes(const Tensor& pred) {
+  return {pred.sizes().data(), static_cast<size_t>(pred.dim() - 1)};
+}
+
+}  // namespace fcos_ext
