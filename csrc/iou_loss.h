@@ -87,17 +87,18 @@ FCOS_INLINE BoxLoss<T> box_loss(const Ltrb<T>& pred, const Ltrb<T>& target, T sm
   T by_iou = T(-1);
   if constexpr (kKind == IoUKind::kIoU) {
     loss = -std::log(iou < T(kIoUFloor) ? T(kIoUFloor) : iou);
-    by_iou = iou >= T(kIoUFloor) ? T(-1) / iou : T(0);
+    by_iou = iou >= T(kIoUFloor) ? -reciprocal(iou) : T(0);
   }
-  T by_intersection = by_iou * ((T(1) + iou) / divisor);
-  T by_area = -by_iou * (iou / divisor);
+  const T by_divisor = by_iou * reciprocal(divisor);
+  T by_intersection = by_divisor * (T(1) + iou);
+  T by_area = -by_divisor * iou;
 
   T by_w = 0, by_h = 0, by_w_around = 0, by_h_around = 0;
   T by_x = 0, by_y = 0;  // moving the box
   if constexpr (kKind == IoUKind::kGIoU) {
     const T around = product(w_around, h_around);
     const T gap = (around - united) / (around + eps);
-    const T by_gap = T(1) / (around + eps);
+    const T by_gap = reciprocal(around + eps);
     loss = T(1) - (iou - gap);
     by_intersection += by_gap;
     by_area -= by_gap;
@@ -111,9 +112,10 @@ FCOS_INLINE BoxLoss<T> box_loss(const Ltrb<T>& pred, const Ltrb<T>& target, T sm
     const T diagonal = w_around * w_around + h_around * h_around + eps;
     const T distance = (dx * dx + dy * dy) / diagonal;
     loss = T(1) - iou + distance;
-    by_x = dx / diagonal;
-    by_y = dy / diagonal;
-    const T by_diagonal = T(-2) * (distance / diagonal);
+    const T by_distance = reciprocal(diagonal);
+    by_x = dx * by_distance;
+    by_y = dy * by_distance;
+    const T by_diagonal = T(-2) * distance * by_distance;
     by_w_around = by_diagonal * w_around;
     by_h_around = by_diagonal * h_around;
   }
@@ -122,15 +124,14 @@ FCOS_INLINE BoxLoss<T> box_loss(const Ltrb<T>& pred, const Ltrb<T>& target, T sm
     // Where a side is not longer than eps, both angles are the same: v and its gradient are 0.
     const bool defined = w > eps && h > eps && w_target > eps && h_target > eps;
     const T aspect = defined ? w / h : T(1);
-    const T angle =
-        std::atan(defined ? w_target / h_target : T(1)) - std::atan(aspect);
+    const T angle = std::atan(defined ? w_target / h_target : T(1)) - std::atan(aspect);
     const T v = T(kFourOverPiSquared) * angle * angle;
     const T alpha = v / (T(1) - iou + v + eps);
     loss += alpha * v;
-    const T by_aspect =
-        T(-2) * alpha * T(kFourOverPiSquared) * angle / (T(1) + aspect * aspect);
-    by_w = defined ? by_aspect / h : T(0);
-    by_h = defined ? -by_aspect * aspect / h : T(0);
+    const T by_aspect = T(-2) * alpha * T(kFourOverPiSquared) * angle *
+                        reciprocal(T(1) + aspect * aspect) * reciprocal(h);
+    by_w = defined ? by_aspect : T(0);
+    by_h = defined ? -by_aspect * aspect : T(0);
   }
 
   by_w = passed(by_w + by_area * h, sw);

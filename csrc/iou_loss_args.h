@@ -28,6 +28,13 @@ inline void dispatch_kind(IoUKind kind, const F& f) {
   }
 }
 
+// Calls f with a zero of the type that pred is computed in.
+template <typename F>
+void dispatch_acc(const Tensor& pred, const F& f) {
+  if (pred.scalar_type() == ScalarType::Double) return f(double{});
+  f(float{});
+}
+
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
          dtype == ScalarType::BFloat16;

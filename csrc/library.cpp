@@ -42,4 +42,12 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def(
       "iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weights, Tensor? labels, "
       "Tensor? divisor, int kind, float smooth, float eps) -> Tensor");
+  m.def(
+      "box_and_centerness_loss(Tensor pred, Tensor centerness, Tensor target, Tensor labels, "
+      "Tensor? centerness_target, int kind, bool weighted, float smooth, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "box_and_centerness_loss_backward(Tensor grad_box, Tensor grad_centerness, Tensor pred, "
+      "Tensor centerness, Tensor target, Tensor labels, Tensor? centerness_target, int kind, "
+      "bool weighted, float smooth, float eps) -> (Tensor, Tensor)");
 }

@@ -26,8 +26,7 @@ struct Rows {
       const uint32_t r = uint32_t(row), outer = r / uint32_t(size0);
       const uint32_t outermost = outer / uint32_t(size1);
       return int64_t(r - outer * uint32_t(size0)) * stride0 +
-             int64_t(outer - outermost * uint32_t(size1)) * stride1 +
-             int64_t(outermost) * stride2;
+             int64_t(outer - outermost * uint32_t(size1)) * stride1 + int64_t(outermost) * stride2;
     }
     const int64_t outer = row / size0, outermost = outer / size1;
     return (row - outer * size0) * stride0 + (outer - outermost * size1) * stride1 +

@@ -5,6 +5,11 @@ specification, the fallback where no kernel was built, and the baseline of the b
 """
 
 from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from .box_and_centerness_loss import (
+    BoxAndCenternessLoss,
+    box_and_centerness_loss,
+    box_and_centerness_loss_ref,
+)
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
@@ -19,12 +24,15 @@ from .soft_nms import (
 
 __all__ = [
     "AssignedTargets",
+    "BoxAndCenternessLoss",
     "PaddedKeep",
     "PaddedSoftKeep",
     "assign_targets",
     "assign_targets_ref",
     "batched_nms",
     "batched_nms_ref",
+    "box_and_centerness_loss",
+    "box_and_centerness_loss_ref",
     "iou_loss",
     "iou_loss_ref",
     "nms",

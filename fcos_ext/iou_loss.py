@@ -11,7 +11,7 @@ from torch import Tensor
 from ._library import kernels, register
 
 IoUKind = Literal["iou", "linear_iou", "giou", "diou", "ciou"]
-Reduction = Literal["none", "mean", "sum"]
+Reduction = Literal["none", "sum", "mean"]
 
 IOU_FLOOR = 1e-6
 """``-log(iou)`` is taken of at least this, so that the loss of disjoint boxes is 13.8, not inf."""
@@ -19,8 +19,8 @@ NORMALIZER_FLOOR = 1e-6
 """A sum of centerness may be well below 1, hence a floor that only keeps 0 out of the division."""
 
 _DEVICES = kernels("iou_loss")
-_KINDS = {kind: number for number, kind in enumerate(get_args(IoUKind))}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+KIND_NUMBERS = {kind: number for number, kind in enumerate(get_args(IoUKind))}
+_REDUCTIONS = {reduction: number for number, reduction in enumerate(get_args(Reduction))}
 
 
 def iou_loss(
@@ -90,8 +90,9 @@ def iou_loss(
         TypeError: a tensor has the wrong kind of dtype, or is not a tensor.
         ValueError: shapes or devices do not agree, or an option has an unknown value.
     """
-    _check_tensors(pred, target, weights, labels)
-    _check_options(pred, kind, reduction, normalizer, smooth, eps)
+    check_rows("iou_loss", pred, target, labels, {"weights": weights})
+    check_options("iou_loss", kind, smooth, eps)
+    _check_reduction(pred, reduction, normalizer)
     if pred.device.type not in _DEVICES:
         return iou_loss_ref(
             pred,
@@ -109,9 +110,17 @@ def iou_loss(
     if normalizer is not None and normalizer.dtype != (dtype := sum_dtype(pred)):
         normalizer = normalizer.to(dtype)
     loss, _ = torch.ops.fcos_ext.iou_loss(
-        pred, target, weights, labels, normalizer, _KINDS[kind], _REDUCTIONS[reduction], smooth, eps
+        pred,
+        target,
+        weights,
+        labels,
+        normalizer,
+        KIND_NUMBERS[kind],
+        _REDUCTIONS[reduction],
+        smooth,
+        eps,
     )
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def iou_loss_ref(
@@ -127,8 +136,9 @@ def iou_loss_ref(
     eps: float = 1e-7,
 ) -> Tensor:
     """Same contract as :func:`iou_loss`, in differentiable PyTorch, without synchronisation."""
-    _check_tensors(pred, target, weights, labels)
-    _check_options(pred, kind, reduction, normalizer, smooth, eps)
+    check_rows("iou_loss", pred, target, labels, {"weights": weights})
+    check_options("iou_loss", kind, smooth, eps)
+    _check_reduction(pred, reduction, normalizer)
     dtype = sum_dtype(pred)
     p = pred.to(dtype)
     t = target.detach().to(dtype)
@@ -138,7 +148,7 @@ def iou_loss_ref(
         p = torch.where(taking_part[..., None], p, 1.0)
         t = torch.where(taking_part[..., None], t, 1.0)
 
-    loss = _row_loss(p, t, kind, smooth, eps)
+    loss = row_loss(p, t, kind, smooth, eps)
     if weights is not None:
         loss = loss * weights.detach().to(dtype)
     if taking_part is not None:
@@ -160,7 +170,7 @@ def sum_dtype(pred: Tensor) -> torch.dtype:
     return torch.float64 if pred.dtype == torch.float64 else torch.float32
 
 
-def _row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float) -> Tensor:
+def row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float) -> Tensor:
     """Loss of each row, [...], of ``pred`` and ``target`` [..., 4] in one dtype."""
     w_pred, h_pred = _sides(pred)
     w_target, h_target = _sides(target)
@@ -207,56 +217,57 @@ def _angle(width: Tensor, height: Tensor, defined: Tensor) -> Tensor:
     return torch.atan(torch.where(defined, width, 1.0) / torch.where(defined, height, 1.0))
 
 
-def _check_tensors(
-    pred: Tensor, target: Tensor, weights: Tensor | None, labels: Tensor | None
+def check_rows(
+    op: str,
+    pred: Tensor,
+    target: Tensor,
+    labels: Tensor | None,
+    per_row: dict[str, Tensor | None],
 ) -> None:
-    for name, tensor in (("pred", pred), ("target", target), ("weights", weights)):
+    """Raise unless boxes [..., 4], integer labels [...] and floating values [...] agree."""
+    if pred.dim() == 0 or pred.shape[-1] != 4:
+        raise ValueError(f"{op}: pred must have shape [..., 4], got {list(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ValueError(
+            f"{op}: target must have the shape of pred, {list(pred.shape)}, "
+            f"got {list(target.shape)}"
+        )
+    rows, device = pred.shape[:-1], pred.device
+    for name, tensor in (("pred", pred), ("target", target), *per_row.items()):
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"iou_loss: {name} must be floating point, got {tensor.dtype}")
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
     if labels is not None and (
         labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
     ):
-        raise TypeError(f"iou_loss: labels must be integers, got {labels.dtype}")
-
-    if pred.dim() == 0 or pred.shape[-1] != 4:
-        raise ValueError(f"iou_loss: pred must have shape [..., 4], got {list(pred.shape)}")
-    if target.shape != pred.shape:
-        raise ValueError(
-            f"iou_loss: target must have the shape of pred, {list(pred.shape)}, "
-            f"got {list(target.shape)}"
-        )
-    for name, tensor in (("weights", weights), ("labels", labels)):
-        if tensor is not None and tensor.shape != pred.shape[:-1]:
+        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    for name, tensor in (("labels", labels), *per_row.items()):
+        if tensor is not None and tensor.shape != rows:
             raise ValueError(
-                f"iou_loss: {name} must have the shape of pred without its last dimension, "
-                f"{list(pred.shape[:-1])}, got {list(tensor.shape)}"
+                f"{op}: {name} must have the shape of pred without its last dimension, "
+                f"{list(rows)}, got {list(tensor.shape)}"
             )
-    for name, tensor in (("target", target), ("weights", weights), ("labels", labels)):
-        if tensor is not None and tensor.device != pred.device:
+    for name, tensor in (("target", target), ("labels", labels), *per_row.items()):
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"iou_loss: {name} must be on the device of pred, {pred.device}, "
-                f"got {tensor.device}"
+                f"{op}: {name} must be on the device of pred, {device}, got {tensor.device}"
             )
 
 
-def _check_options(
-    pred: Tensor,
-    kind: str,
-    reduction: str,
-    normalizer: Tensor | None,
-    smooth: float,
-    eps: float,
-) -> None:
-    if kind not in get_args(IoUKind):
-        raise ValueError(f"iou_loss: kind must be one of {get_args(IoUKind)}, got {kind!r}")
-    if reduction not in get_args(Reduction):
-        raise ValueError(
-            f"iou_loss: reduction must be one of {get_args(Reduction)}, got {reduction!r}"
-        )
+def check_options(op: str, kind: str, smooth: float, eps: float) -> None:
+    """Raise unless they are what :func:`iou_loss` takes."""
+    if kind not in KIND_NUMBERS:
+        raise ValueError(f"{op}: kind must be one of {tuple(KIND_NUMBERS)}, got {kind!r}")
     if not 0 <= smooth < math.inf:
-        raise ValueError(f"iou_loss: smooth must be finite and >= 0, got {smooth}")
+        raise ValueError(f"{op}: smooth must be finite and >= 0, got {smooth}")
     if not 0 < eps < math.inf:
-        raise ValueError(f"iou_loss: eps must be finite and > 0, got {eps}")
+        raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")
+
+
+def _check_reduction(pred: Tensor, reduction: str, normalizer: Tensor | None) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"iou_loss: reduction must be one of {tuple(_REDUCTIONS)}, got {reduction!r}"
+        )
     if normalizer is None:
         return
     if not isinstance(normalizer, Tensor):

@@ -112,13 +112,6 @@ void each_gradient(const Inputs& inputs, IoUKind kind, acc smooth, acc eps,
   });
 }
 
-// Calls f with a zero of the type that pred is computed in.
-template <typename F>
-void dispatch_acc(const Tensor& pred, const F& f) {
-  if (pred.scalar_type() == ScalarType::Double) return f(double{});
-  f(float{});
-}
-
 std::tuple<Tensor, Tensor> iou_loss_cpu(const Tensor& pred, const Tensor& target,
                                         const std::optional<Tensor>& weights,
                                         const std::optional<Tensor>& labels,
