@@ -181,7 +181,7 @@ def row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float)
     union = w_pred * h_pred + w_target * h_target - intersection
     iou = (intersection + smooth) / (union + smooth + eps)
     if kind == "iou":
-        return -torch.log(iou.clamp(min=IOU_FLOOR))
+        return -torch.log(torch.where(iou < IOU_FLOOR, IOU_FLOOR, iou))
     if kind == "linear_iou":
         return 1 - iou
     if kind == "giou":
@@ -209,7 +209,9 @@ def row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float)
 def _sides(ltrb: Tensor) -> tuple[Tensor, Tensor]:
     """Width and height [...] of boxes [..., 4], at least 0."""
     l_, t_, r_, b_ = ltrb.unbind(-1)
-    return (l_ + r_).clamp(min=0), (t_ + b_).clamp(min=0)
+    width, height = l_ + r_, t_ + b_
+    # not clamp(), whose gradient at exactly the limit is 1 or 0 by the version of PyTorch
+    return torch.where(width < 0, 0.0, width), torch.where(height < 0, 0.0, height)
 
 
 def _angle(width: Tensor, height: Tensor, defined: Tensor) -> Tensor:

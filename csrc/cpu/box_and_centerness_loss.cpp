@@ -42,7 +42,7 @@ Sums reduce(const BoxAndCenternessInputs& in, IoUKind kind, bool weighted, acc s
   for_each_row_tile(in.rows, [&](int64_t begin, int64_t end, int64_t tile) {
     Sums sums;
     for_each_block<acc>(in, begin, end, [&](const int64_t*, int n, const Columns<acc>& c) {
-      acc centerness = 0, weight = 0;
+      double centerness = 0, weight = 0;
 #pragma omp simd reduction(+ : centerness, weight)
       for (int i = 0; i < n; ++i) {
         const acc y = c.centerness_target[i];
@@ -53,7 +53,7 @@ Sums reduce(const BoxAndCenternessInputs& in, IoUKind kind, bool weighted, acc s
       sums.weight += weight;
       sums.count += n;
       dispatch_kind(kind, [&](auto k) {
-        acc box = 0;
+        double box = 0;
 #pragma omp simd reduction(+ : box)
         for (int i = 0; i < n; ++i)
           box += box_loss<k.value>(c.pred[i], c.target[i], smooth, eps).loss *

@@ -58,7 +58,7 @@ Partial reduce(const Inputs& inputs, IoUKind kind, acc smooth, acc eps) {
     Partial partial;
     for_each_block<acc>(inputs, begin, end, [&](const int64_t*, int n, const Columns<acc>& c) {
       dispatch_kind(kind, [&](auto k) {
-        acc sum = 0;
+        double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < n; ++i)
           sum += box_loss<k.value>(c.pred[i], c.target[i], smooth, eps).loss * c.weights[i];

@@ -1,358 +1,306 @@
-"""iou_loss against torchvision's box losses, hand-computed values and numerical gradients."""
+"""iou_loss: the CPU and CUDA kernels, and the CUDA source in the simulator.
+
+Kernels are called through ``torch.ops``, never through the public function, so that a fallback
+cannot pass for a kernel. Values by hand are in test_iou_loss_values.py, edge cases in
+test_iou_loss_fuzz.py.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
-from fcos_ext.iou_loss import IoUKind, iou_loss, iou_loss_ref
+from fcos_ext import iou_loss, iou_loss_ref
+from fcos_ext._library import kernels
+from fcos_ext.iou_loss import KIND_NUMBERS
+from tests.ops.ltrb import as_views, make_rows, value_and_gradient
 
-KINDS = get_args(IoUKind)
-TORCHVISION = {
-    "giou": generalized_box_iou_loss,
-    "diou": distance_box_iou_loss,
-    "ciou": complete_box_iou_loss,
-}
+OP = torch.ops.fcos_ext.iou_loss.default
+OP_BACKWARD = torch.ops.fcos_ext.iou_loss_backward.default
 
-
-def make_distances(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(*shape, 4, generator=generator, dtype=torch.float64) * 9 + 0.1).to(dtype)
-
-
-def decode(ltrb: Tensor) -> Tensor:
-    """Boxes x0, y0, x1, y1 around the location (0, 0)."""
-    return ltrb * ltrb.new_tensor([-1, -1, 1, 1])
+KINDS = list(KIND_NUMBERS)
+REDUCTIONS = ["none", "sum", "mean"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (5000,) is more than a tile of the CPU kernel, 1025 and more are several of the CUDA kernel
+SHAPES = [(), (0,), (1,), (7,), (3, 0), (5000,), (2, 3, 5)]
 
 
-# Sides 2x2 in 4x4 of one centre: I = 4, U = 16, C = 16. Then 4x6 and 4x4, centres (1, 1) and
-# (-1, 0): A = 24, B = 16, I = 2 * 4 = 8, U = 32, C = 6 * 6 = 36, squared distance 5.
-NESTED = ((1, 1, 1, 1), (2, 2, 2, 2))
-CROSSING = ((1, 2, 3, 4), (3, 2, 1, 2))
-V = 4 / math.pi**2 * (math.pi / 4 - math.atan(4 / 6)) ** 2
+def call(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    kind: str = "giou",
+    reduction: str = "sum",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+) -> Tensor:
+    """The operator, with the public function's options."""
+    number = REDUCTIONS.index(reduction)
+    return OP(pred, target, weights, labels, normalizer, KIND_NUMBERS[kind], number, smooth, eps)[0]
+
+
+def call_ref(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    return iou_loss_ref(pred, target, weights, labels=labels, normalizer=normalizer, **options)
+
+
+def test_compiled(device: str) -> None:
+    assert device in kernels("iou_loss")
+    assert device in kernels("iou_loss_backward")
+
+
+@pytest.mark.parametrize("given", ["all", "labels", "weights", "neither"])
+@pytest.mark.parametrize("smooth, eps", [(0.0, 1e-7), (1.0, 0.5)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_reference(
+    device: str, kind: str, reduction: str, smooth: float, eps: float, given: str
+) -> None:
+    for shape in SHAPES:
+        label_dtype = torch.int32 if smooth else torch.int64
+        rows = make_rows(*shape, device=device, label_dtype=label_dtype)
+        weights = rows.weights if given in ("all", "weights") else None
+        labels = rows.labels if given in ("all", "labels") else None
+        divide = reduction == "sum" and weights is not None
+        normalizer = torch.tensor(2.5).to(rows.pred) if divide else None
+        options = {"kind": kind, "reduction": reduction, "smooth": smooth, "eps": eps}
+        results = [
+            value_and_gradient(
+                function(rows.pred, rows.target, weights, labels, normalizer, **options), rows.pred
+            )
+            for function in (call, call_ref)
+        ]
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "kind, boxes, smooth, expected",
+    "kind, theirs",
     [
-        ("iou", NESTED, 0, math.log(4)),
-        ("iou", NESTED, 1, math.log(17 / 5)),
-        ("linear_iou", NESTED, 0, 3 / 4),
-        ("linear_iou", NESTED, 1, 12 / 17),
-        ("giou", NESTED, 0, 3 / 4),
-        ("giou", CROSSING, 0, 3 / 4 + 4 / 36),
-        ("giou", CROSSING, 1, 24 / 33 + 4 / 36),
-        ("diou", NESTED, 0, 3 / 4),
-        ("diou", CROSSING, 0, 3 / 4 + 5 / 72),
-        ("diou", CROSSING, 1, 24 / 33 + 5 / 72),
-        ("ciou", NESTED, 0, 3 / 4),
-        ("ciou", CROSSING, 0, 3 / 4 + 5 / 72 + V * V / (3 / 4 + V)),
-        ("ciou", CROSSING, 1, 24 / 33 + 5 / 72 + V * V / (24 / 33 + V)),
+        ("giou", generalized_box_iou_loss),
+        ("diou", distance_box_iou_loss),
+        ("ciou", complete_box_iou_loss),
     ],
 )
-def test_hand_computed(kind: Any, boxes: Any, smooth: float, expected: float) -> None:
-    pred, target = torch.tensor(boxes, dtype=torch.float64)
-    loss = iou_loss(pred, target, kind=kind, smooth=smooth)
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_eps_enters_where_documented() -> None:
-    pred, target = torch.tensor(CROSSING, dtype=torch.float64)
-    loss = {kind: iou_loss(pred, target, kind=kind, eps=8.0).item() for kind in KINDS}
-    iou = 8 / (32 + 8)
-    assert loss["iou"] == pytest.approx(-math.log(iou))
-    assert loss["linear_iou"] == pytest.approx(1 - iou)
-    assert loss["giou"] == pytest.approx(1 - iou + 4 / (36 + 8))
-    assert loss["diou"] == pytest.approx(1 - iou + 5 / (72 + 8))
-    # Here the sides, 4 and 6, are not longer than eps: no aspect term.
-    assert loss["ciou"] == pytest.approx(loss["diou"])
-    loss_1 = iou_loss(pred, target, kind="ciou", eps=1.0).item()
-    assert loss_1 == pytest.approx(25 / 33 + 5 / 73 + V * V / (25 / 33 + V + 1))
-
-
 @pytest.mark.parametrize("shift", [0.0, 3.0, 15.0], ids=["around", "beside", "disjoint"])
-@pytest.mark.parametrize("kind", TORCHVISION)
-def test_matches_torchvision(kind: Any, shift: float) -> None:
-    target = make_distances(200, seed=1)
-    pred = make_distances(200, seed=2)
-    # Moving the predicted boxes makes distances negative, and finally the overlap empty.
-    pred = (pred + pred.new_tensor([-shift, 0, shift, 0])).requires_grad_()
-    loss = iou_loss(pred, target, kind=kind, reduction="none")
-    expected = TORCHVISION[kind](decode(pred), decode(target))
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-
-    grad = torch.rand(200, dtype=torch.float64)
-    (actual_grad,) = torch.autograd.grad(loss, pred, grad)
-    (expected_grad,) = torch.autograd.grad(expected, pred, grad)
-    torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-12)
-    if shift == 15:
-        assert (actual_grad != 0).any(dim=1).all(), "disjoint boxes must still be pulled together"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_unit_cancels(kind: Any) -> None:
-    pred, target = make_distances(50, seed=3), make_distances(50, seed=4)
-    pixels = iou_loss(pred * 128, target * 128, kind=kind, reduction="none")
-    strides = iou_loss(pred, target, kind=kind, reduction="none")
-    torch.testing.assert_close(pixels, strides, rtol=1e-4, atol=1e-6)
-
-
-# ciou is not here: its alpha is a constant of the backward only. test_matches_torchvision has it.
-@pytest.mark.parametrize("smooth", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "ciou"])
-def test_gradcheck(kind: Any, smooth: float) -> None:
-    pred = make_distances(5, seed=5).requires_grad_()
-    target = make_distances(5, seed=6)
-    weights = torch.rand(5, dtype=torch.float64)
-    labels = torch.tensor([3, -1, 0, -2, 1])
-    options: Any = {"labels": labels, "kind": kind, "smooth": smooth}
-    for reduction in ("none", "mean", "sum"):
-        assert torch.autograd.gradcheck(
-            lambda p, r=reduction: iou_loss(p, target, weights, reduction=r, **options), (pred,)
+def test_against_torchvision(
+    device: str, kind: str, theirs: Callable[..., Tensor], shift: float
+) -> None:
+    pred, target, _, _ = make_rows(300, device=device)
+    corner = pred.new_tensor([-1, -1, 1, 1])
+    pred = (pred.detach() + shift * pred.new_tensor([-1, 0, 1, 0])).requires_grad_()
+    for reduction in REDUCTIONS:
+        torch.testing.assert_close(
+            value_and_gradient(call(pred, target, kind=kind, reduction=reduction), pred),
+            value_and_gradient(theirs(pred * corner, target * corner, reduction), pred),
+            rtol=1e-9,
+            atol=1e-12,
         )
-    normalizer = torch.tensor(0.3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_not_above_eager(device: str, kind: str, dtype: torch.dtype) -> None:
+    """Against float64, at most twice the error of the formula in float32, rounded once."""
+    rows = make_rows(4000, dtype=dtype, device=device)
+    exact_rows = [x.detach().double() if x.is_floating_point() else x for x in rows]
+    exact_rows[0].requires_grad_()
+    for reduction in REDUCTIONS:
+        results = [
+            value_and_gradient(function(*r, kind=kind, reduction=reduction), r[0])
+            for function, r in ((call, rows), (call_ref, rows), (call_ref, exact_rows))
+        ]
+        for name, ours, theirs, exact in zip(("loss", "gradient"), *results, strict=True):
+            assert ours.dtype == theirs.dtype
+            error, bound = ((x.double() - exact).abs().max() for x in (ours, theirs))
+            last_bit = torch.finfo(torch.float32).eps * exact.abs().max()
+            assert error <= 2 * bound + last_bit, (name, reduction)
+
+
+# alpha of ciou is a constant of the backward only: the reference has the same gradient
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "ciou"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(device: str, kind: str, reduction: str) -> None:
+    pred, *others = make_rows(6, device=device, positive=0.7)
     assert torch.autograd.gradcheck(
-        lambda p: iou_loss(p, target, weights, normalizer=normalizer, **options), (pred,)
+        lambda p: call(p, *others, kind=kind, reduction=reduction, smooth=0.3), (pred,)
     )
 
 
-def test_alpha_of_ciou_is_constant_in_backward() -> None:
-    pred = torch.tensor(CROSSING[0], dtype=torch.float64, requires_grad=True)
-    target = torch.tensor(CROSSING[1], dtype=torch.float64)
-    alpha = V / (3 / 4 + V)
-    v = 4 / math.pi**2 * (math.pi / 4 - torch.atan((pred[0] + pred[2]) / (pred[1] + pred[3]))) ** 2
-    expected = iou_loss(pred, target, kind="diou") + alpha * v
-    (expected_grad,) = torch.autograd.grad(expected, pred)
-    (grad,) = torch.autograd.grad(iou_loss(pred, target, kind="ciou"), pred)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_opcheck(device: str, reduction: str, strided: bool) -> None:
+    rows: Any = make_rows(2, 5, dtype=torch.float32, device=device)
+    if strided:
+        rows = as_views(*rows)
+    number = REDUCTIONS.index(reduction)
+    normalizer = torch.tensor(3.0, device=device) if reduction == "sum" else None
+    opcheck(OP, (*rows, normalizer, 4, number, 0.0, 1e-7))
+    loss, divisor = OP(*rows, normalizer, 4, number, 0.0, 1e-7)
+    rows = [x.detach() for x in rows]
+    divisor = None if reduction == "none" else divisor
+    opcheck(OP_BACKWARD, (torch.randn_like(loss), *rows, divisor, 4, 0.0, 1e-7))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_strides_do_not_matter(device: str, reduction: str) -> None:
+    rows = make_rows(3, 700, device=device)
+    views = as_views(*rows)
+    expected, actual = (
+        value_and_gradient(call(*r, reduction=reduction), r[0]) for r in (rows, views)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    # as the convolution behind it has them
+    assert actual[1].stride() == views[0].stride()
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0, 4), (4, 0, 2, 1, 3), (1, 3, 0, 2, 4)], ids=str)
+def test_any_number_of_dimensions(device: str, order: tuple[int, ...]) -> None:
+    """More than three strides of rows: the kernels work on a copy."""
+    rows = make_rows(2, 3, 4, 5, device=device)
+    back = sorted(range(5), key=lambda d: order[d])
+    pred = rows.pred.detach().permute(order).contiguous().permute(back).requires_grad_()
+    assert pred.stride() != rows.pred.stride()
+    for reduction in ("none", "sum"):
+        expected = value_and_gradient(call(*rows, reduction=reduction), rows.pred)
+        actual = value_and_gradient(call(pred, *rows[1:], reduction=reduction), pred)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_unaligned(device: str) -> None:
+    """Rows that start between 16-byte boundaries, and rows of a wider tensor."""
+    rows = make_rows(300, dtype=torch.float32, device=device)
+    expected = value_and_gradient(call(*rows), rows.pred)
+    shifted = rows.pred.new_empty(4 * 300 + 1)[1:].view(300, 4).copy_(rows.pred.detach())
+    wide = rows.pred.new_empty(300, 7)[:, 2:6].copy_(rows.pred.detach())
+    for pred in (shifted.requires_grad_(), wide.requires_grad_()):
+        actual = value_and_gradient(call(pred, *rows[1:]), pred)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("other", [*DTYPES, torch.float64], ids=str)
+def test_dtypes_may_differ(device: str, dtype: torch.dtype, other: torch.dtype) -> None:
+    rows = make_rows(50, dtype=dtype, device=device)
+    target, weights = rows.target.to(other), rows.weights.to(other)
+    high = torch.promote_types(dtype, torch.float32)
+    loss = call(rows.pred, target, weights, rows.labels)
+    expected = call(rows.pred.to(high), target.to(high), weights.to(high), rows.labels)
+    assert loss.dtype == high
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.int32], ids=str)
+def test_labels_and_normalizers_of_any_integer_dtype(device: str, dtype: torch.dtype) -> None:
+    rows = make_rows(50, dtype=torch.float32, device=device)
+    labels = rows.labels.to(dtype)  # -1 is 255 in uint8: a class like any other
+    normalizer = torch.tensor(3, device=device)
+    options: Any = {"labels": labels, "normalizer": normalizer}
+    actual, expected = (f(*rows[:3], **options) for f in (iou_loss, iou_loss_ref))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_double_backward_raises(device: str, reduction: str) -> None:
+    rows = make_rows(6, device=device)
+    loss = call(*rows, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, rows.pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="_backward is not differentiable: .* _ref function"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ignored_rows_are_absent(kind: Any) -> None:
-    pred, target = make_distances(2, 3, seed=7), make_distances(2, 3, seed=8)
-    weights = torch.rand(2, 3, dtype=torch.float64)
-    labels = torch.tensor([[0, -1, 5], [-2, 79, -1]])
-    clean = pred.clone().requires_grad_()
-    expected = iou_loss(clean, target, weights, labels=labels, kind=kind, reduction="none")
-    expected.sum().backward()
-
-    ignored = labels < 0
-    pred[ignored] = torch.tensor([math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
-    target[ignored] = math.nan
-    weights[ignored] = math.nan
-    pred.requires_grad_()
-    loss = iou_loss(pred, target, weights, labels=labels, kind=kind, reduction="none")
-    loss.sum().backward()
-    assert torch.equal(loss, expected)
-    assert torch.equal(loss[ignored], torch.zeros(3, dtype=torch.float64))
-    assert pred.grad is not None and clean.grad is not None
-    assert torch.equal(pred.grad, clean.grad)
-    assert torch.equal(pred.grad[ignored], torch.zeros(3, 4, dtype=torch.float64))
-    assert (pred.grad[~ignored] != 0).all()
-
-    total = iou_loss(pred, target, weights, labels=labels, kind=kind)
-    mean = iou_loss(pred, target, weights, labels=labels, kind=kind, reduction="mean")
-    torch.testing.assert_close(total, expected.sum())
-    torch.testing.assert_close(mean, expected.sum() / 3)
+def test_compile_fullgraph(device: str, kind: Any, reduction: Any) -> None:
+    check_compiled("aot_eager", device, kind, reduction)
 
 
-def test_nan_of_a_row_that_counts_is_not_hidden() -> None:
-    pred = torch.tensor([[1.0, 1, 1, 1], [math.nan, 1, 1, 1]])
-    for kind in KINDS:
-        loss = iou_loss(
-            pred, torch.ones(2, 4), labels=torch.tensor([0, 0]), kind=kind, reduction="none"
+def test_compile_inductor(device: str) -> None:
+    check_compiled("inductor", device, "giou", "sum")
+
+
+def check_compiled(backend: str, device: str, kind: Any, reduction: Any) -> None:
+    def step(pred: Tensor, target: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+        total = weights.sum() if reduction == "sum" else None
+        options: Any = {"kind": kind, "reduction": reduction, "normalizer": total}
+        return iou_loss(pred * 2, target, weights, labels=labels, **options) * 3
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for count in (50, 60, 70):
+        rows = make_rows(count, dtype=torch.float32, device=device)
+        torch.testing.assert_close(
+            value_and_gradient(compiled(*rows), rows.pred),
+            value_and_gradient(step(*rows), rows.pred),
         )
-        assert loss.isnan().tolist() == [False, True], kind
+
+
+def test_autocast(device: str) -> None:
+    rows = make_rows(40, dtype=torch.bfloat16, device=device)
+    target = rows.target.float()
+    with torch.autocast(device, torch.bfloat16):
+        loss = iou_loss(rows.pred, target, rows.weights, labels=rows.labels)
+        each = iou_loss(rows.pred, target, rows.weights, labels=rows.labels, reduction="none")
+    assert (loss.dtype, each.dtype) == (torch.float32, torch.bfloat16)
+    expected = iou_loss_ref(rows.pred.float(), target, rows.weights, labels=rows.labels)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, rows.pred)
+    assert gradient.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_degenerate_predictions_stay_finite(kind: Any, dtype: torch.dtype) -> None:
-    rows = [
-        (0, 0, 0, 0),
-        (0, 2, 0, 3),
-        (2, 0, 3, 0),
-        (1e-30, 1e-30, 0, 0),
-        (-2, -2, -2, -2),
-        (-5, 1, 2, 1),
-        (-9, -9, 12, 12),
-        (3, 3, 3, 3),
-    ]
-    pred = torch.tensor(rows, dtype=dtype, requires_grad=True)
-    target = torch.tensor([3, 3, 3, 3], dtype=dtype).expand(len(rows), 4)
-    loss = iou_loss(pred, target, kind=kind, reduction="none")
-    loss.sum().backward()
-    assert loss.isfinite().all()
-    assert pred.grad is not None and pred.grad.isfinite().all()
-    assert loss[-1].item() == pytest.approx(0, abs=1e-6)
-    assert (loss >= 0).all()
+def test_deterministic(
+    device: str, kind: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    rows = make_rows(30_000, dtype=dtype, device=device)
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(value_and_gradient(call(*rows, kind=kind, reduction="mean"), rows.pred))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_boxes_of_no_area_by_kind() -> None:
-    pred = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([[1.0, 2, 3, 2]], dtype=torch.float64)  # 4x4, centre (1, 0)
-
-    def value_and_grad(kind: Any) -> tuple[float, Tensor]:
-        loss = iou_loss(pred, target, kind=kind)
-        return loss.item(), torch.autograd.grad(loss, pred)[0]
-
-    value, grad = value_and_grad("iou")
-    assert value == pytest.approx(-math.log(1e-6)) and (grad == 0).all()
-    assert value_and_grad("linear_iou")[0] == pytest.approx(1)
-    value, grad = value_and_grad("giou")  # C = U = 16
-    assert value == pytest.approx(1)
-    for kind in ("diou", "ciou"):
-        value, grad = value_and_grad(kind)
-        assert value == pytest.approx(1 + 1 / 32)
-        # Growing to the right takes the centre towards that of the target.
-        assert grad[0, 2] < 0 < grad[0, 0]
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
-def test_inside_out_box_is_empty() -> None:
-    target = torch.tensor([2.0, 2, 2, 2])
-    outside_in = torch.tensor([-3.0, 1, -3, 1])  # width -6
-    empty = torch.tensor([0.0, 1, 0, 1])
-    for kind in ("iou", "linear_iou", "giou"):
-        assert iou_loss(outside_in, target, kind=kind) == iou_loss(empty, target, kind=kind)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cuda_graph(reduction: str) -> None:
+    """Captured with one input and replayed with another, more than once."""
+    rows = make_rows(3000, dtype=torch.float32, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        value_and_gradient_of_ones(rows, reduction)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = value_and_gradient_of_ones(rows, reduction)
+    for _ in range(2):
+        for held, new in zip(rows, make_rows(3000, device="cuda"), strict=True):
+            held.detach().copy_(new.detach())
+        graph.replay()
+        torch.testing.assert_close(captured, value_and_gradient_of_ones(rows, reduction))
 
 
-def test_only_pred_gets_a_gradient() -> None:
-    pred, target = make_distances(4, seed=9).requires_grad_(), make_distances(4).requires_grad_()
-    weights = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    normalizer = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    iou_loss(pred, target, weights, normalizer=normalizer).backward()
-    assert pred.grad is not None and (pred.grad != 0).all()
-    assert target.grad is None and weights.grad is None and normalizer.grad is None
-
-
-def test_weights_and_normalizer() -> None:
-    pred, target = make_distances(6, seed=10), make_distances(6, seed=11)
-    rows = iou_loss(pred, target, reduction="none")
-    weights = torch.tensor([0, 0.5, 1, 2, -1, 0.25], dtype=torch.float64)
-    expected = sum(w * row for w, row in zip(weights.tolist(), rows.tolist(), strict=True))
-    total = iou_loss(pred, target, weights)
-    assert total.item() == pytest.approx(expected)
-    for normalizer, divisor in ((4.0, 4.0), (0.25, 0.25), (0.0, 1e-6), (-3.0, 1e-6), (7, 7)):
-        loss = iou_loss(pred, target, weights, normalizer=torch.tensor(normalizer))
-        assert loss.item() == pytest.approx(expected / divisor)
-
-
-@pytest.mark.parametrize("shape", [(0,), (2, 0), ()], ids=str)
-def test_unusual_shapes(shape: tuple[int, ...]) -> None:
-    pred = torch.ones(*shape, 4, requires_grad=True)
-    target = torch.ones(*shape, 4) * 2
-    assert iou_loss(pred, target, reduction="none").shape == shape
-    for reduction in ("sum", "mean"):
-        loss = iou_loss(pred, target, reduction=reduction)
-        loss.backward()
-        assert loss.shape == ()
-        assert loss.item() == pytest.approx(0.75 if shape == () else 0)
-    assert pred.grad is not None and pred.grad.shape == pred.shape
-
-
-def test_no_row_takes_part() -> None:
-    pred = torch.full((3, 4), math.nan, requires_grad=True)
-    labels = torch.tensor([-1, -2, -1])
-    for reduction in ("sum", "mean"):
-        loss = iou_loss(pred, torch.ones(3, 4), labels=labels, reduction=reduction)
-        assert loss.item() == 0
-        assert torch.equal(torch.autograd.grad(loss, pred)[0], torch.zeros(3, 4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_low_precision_is_rounded_once(kind: Any, dtype: torch.dtype) -> None:
-    pred = (make_distances(500, seed=12) * 20).to(dtype)
-    target = (make_distances(500, seed=13) * 20).to(dtype)
-    low = pred.clone().requires_grad_()
-    high = pred.double().requires_grad_()
-    rows = iou_loss(low, target, kind=kind, reduction="none")
-    truth = iou_loss(high, target.double(), kind=kind, reduction="none")
-    assert rows.dtype == dtype
-    # float32 is so much finer that the result may differ from the rounded truth in rare ties only.
-    ulp = torch.finfo(dtype).eps
-    torch.testing.assert_close(rows.double(), truth, rtol=0.51 * ulp, atol=1e-6)
-    loss, true_loss = (
-        iou_loss(low, target, kind=kind),
-        iou_loss(high, target.double(), kind=kind),
-    )
-    assert loss.dtype == torch.float32 and true_loss.dtype == torch.float64
-    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=0)
-    (grad,) = torch.autograd.grad(loss, low)
-    (true_grad,) = torch.autograd.grad(true_loss, high)
-    assert grad.dtype == dtype
-    torch.testing.assert_close(grad.double(), true_grad, rtol=0.51 * ulp, atol=1e-6)
-
-
-def test_dtypes_may_differ() -> None:
-    pred, target = make_distances(8, seed=14), make_distances(8, seed=15)
-    weights = torch.rand(8, dtype=torch.float64)
-    expected = iou_loss(pred.float(), target.float(), weights.float())
-    mixed = iou_loss(pred.float(), target, weights, labels=torch.zeros(8, dtype=torch.int32))
-    assert mixed.dtype == torch.float32
-    torch.testing.assert_close(mixed, expected)
-
-
-def test_strided_inputs() -> None:
-    pred, target = make_distances(2, 5, seed=16), make_distances(2, 5, seed=17)
-    maps = pred.permute(0, 2, 1).contiguous().permute(0, 2, 1)  # [N, 4, L] as the head gives it
-    assert not maps.is_contiguous()
-    assert torch.equal(iou_loss(maps, target), iou_loss(pred, target))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile_fullgraph(kind: Any) -> None:
-    target, weights = make_distances(6, seed=18).float(), torch.rand(6)
-    labels = torch.tensor([0, -1, 2, 3, -2, 5])
-
-    def loss(pred: Tensor, normalizer: Tensor) -> Tensor:
-        return iou_loss(pred, target, weights, labels=labels, kind=kind, normalizer=normalizer)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    pred, normalizer = make_distances(6, seed=19).float().requires_grad_(), torch.tensor(0.7)
-    actual, expected = compiled(pred, normalizer), loss(pred, normalizer)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, pred)[0], torch.autograd.grad(expected, pred)[0]
-    )
-
-
-@pytest.mark.parametrize("function", [iou_loss, iou_loss_ref])
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"pred": torch.ones(3, 4).long()}, TypeError, "pred must be floating point, got .*int64"),
-        ({"target": torch.ones(3, 4).int()}, TypeError, "target must be floating point"),
-        ({"weights": torch.ones(3).long()}, TypeError, "weights must be floating point"),
-        ({"labels": torch.ones(3)}, TypeError, "labels must be integers, got torch.float32"),
-        ({"labels": torch.ones(3) > 0}, TypeError, "labels must be integers, got torch.bool"),
-        ({"pred": torch.ones(3, 5)}, ValueError, r"pred must have shape \[\.\.\., 4\], got \[3, 5"),
-        ({"pred": torch.tensor(1.0)}, ValueError, r"pred must have shape \[\.\.\., 4\], got \[\]"),
-        ({"target": torch.ones(1, 4)}, ValueError, r"target must .* \[3, 4\], got \[1, 4\]"),
-        ({"weights": torch.ones(3, 1)}, ValueError, r"weights must .* \[3\], got \[3, 1\]"),
-        ({"labels": torch.ones(4).long()}, ValueError, r"labels must .* \[3\], got \[4\]"),
-        ({"target": torch.ones(3, 4, device="meta")}, ValueError, "target must be on the device"),
-        ({"kind": "eiou"}, ValueError, "kind must be one of .*'ciou'.*, got 'eiou'"),
-        ({"reduction": "max"}, ValueError, "reduction must be one of .*'sum'.*, got 'max'"),
-        ({"smooth": -1.0}, ValueError, "smooth must be finite and >= 0, got -1.0"),
-        ({"smooth": math.nan}, ValueError, "smooth must be finite and >= 0, got nan"),
-        ({"eps": 0.0}, ValueError, "eps must be finite and > 0, got 0.0"),
-        ({"normalizer": 3.0}, TypeError, "normalizer must be a Tensor"),
-        ({"normalizer": torch.ones(1)}, ValueError, r"normalizer must have no dim.*got shape \[1"),
-        (
-            {"normalizer": torch.tensor(1.0), "reduction": "mean"},
-            ValueError,
-            "normalizer needs reduction=\"sum\", got 'mean'",
-        ),
-    ],
-)
-def test_errors(function: Any, changes: dict[str, Any], error: Any, message: str) -> None:
-    arguments = {"pred": torch.ones(3, 4), "target": torch.ones(3, 4), **changes}
-    with pytest.raises(error, match=f"^iou_loss: {message}"):
-        function(**arguments)
+def value_and_gradient_of_ones(rows: Any, reduction: str) -> tuple[Tensor, Tensor]:
+    loss = call(*rows, reduction=reduction)
+    return loss.detach(), torch.autograd.grad(loss.sum(), rows.pred)[0]
