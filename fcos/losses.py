@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
+from fcos_ext.iou_loss import NORMALIZER_FLOOR
 
 from .config import LossConfig, ModelConfig
 from .data.batches import Batch
@@ -87,10 +87,6 @@ def fcos_losses(
         cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
     """
     logits = _flatten(predictions.logits)
-    ltrb = _flatten(predictions.ltrb).float()
-    centerness = _flatten(predictions.centerness).squeeze(-1).float()
-    positive = targets.labels >= 0
-
     cls = fcos_ext.sigmoid_focal_loss(
         logits,
         targets.labels,
@@ -98,18 +94,19 @@ def fcos_losses(
         config.focal_gamma,
         normalizer=normalizers.num_pos,
     )
-    box = fcos_ext.iou_loss(
-        ltrb,
+    sums = fcos_ext.box_and_centerness_loss(
+        _flatten(predictions.ltrb),
+        _flatten(predictions.centerness).squeeze(-1),
         targets.ltrb,
-        targets.centerness,
-        labels=targets.labels,
+        targets.labels,
+        centerness_target=targets.centerness,
         kind=config.box_loss,
-        normalizer=normalizers.centerness,
     )
-    bce = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")
-    # not a product: a background location must not turn a non-finite value into NaN
-    bce = torch.where(positive, bce, torch.zeros_like(bce)).sum()
-    return {"cls": cls, "box": box, "centerness": bce / normalizers.num_pos.clamp(min=1)}
+    return {
+        "cls": cls,
+        "box": sums.box / normalizers.centerness.clamp(min=NORMALIZER_FLOOR),
+        "centerness": sums.centerness / normalizers.num_pos.clamp(min=1),
+    }
 
 
 def _flatten(levels: Sequence[Tensor]) -> Tensor:

@@ -124,6 +124,52 @@ def candidates() -> tuple[Tensor, Tensor, Tensor]:
     return boxes, torch.rand(3, 400), torch.randint(-1, 3, (3, 400))
 
 
+def make_boxes(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pred, target = (torch.rand(2, 4, 300) * 9 + 0.1 for _ in range(2))
+    pred = pred.to(dtype).transpose(1, 2).requires_grad_()
+    return pred, target.transpose(1, 2), torch.rand(2, 300), torch.randint(-2, 9, (2, 300))
+
+
+def check_iou_loss() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        pred, target, weights, labels = make_boxes(dtype)
+        exact = pred.detach().double().requires_grad_()
+        for kind in ("iou", "linear_iou", "giou", "diou", "ciou"):
+            for reduction in ("none", "sum", "mean"):
+                loss, truth = (
+                    function(x, target, weights, labels=labels, kind=kind, reduction=reduction)
+                    for function, x in (
+                        (fcos_ext.iou_loss, pred),
+                        (fcos_ext.iou_loss_ref, exact),
+                    )
+                )
+                compare(loss, truth)
+                (gradient,) = torch.autograd.grad(loss.sum(), pred)
+                compare(gradient, torch.autograd.grad(truth.sum(), exact)[0])
+
+
+def check_box_and_centerness_loss() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        pred, target, given, labels = make_boxes(dtype)
+        scores = torch.randn(2, 300).to(dtype).requires_grad_()
+        exact = [x.detach().double().requires_grad_() for x in (pred, scores)]
+        for quality in (None, given):
+            sums, truth = (
+                function(*x, target, labels, centerness_target=quality, kind="ciou")
+                for function, x in (
+                    (fcos_ext.box_and_centerness_loss, (pred, scores)),
+                    (fcos_ext.box_and_centerness_loss_ref, exact),
+                )
+            )
+            assert sums.num_pos.item() == truth.num_pos.item()
+            for one, true_one in zip(sums[:3], truth[:3], strict=True):
+                compare(one, true_one)
+            gradients = torch.autograd.grad(sums.box + sums.centerness, (pred, scores))
+            true_gradients = torch.autograd.grad(truth.box + truth.centerness, exact)
+            for one, true_one in zip(gradients, true_gradients, strict=True):
+                compare(one, true_one)
+
+
 def compare(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     rtol = 1e-12 if actual.dtype == torch.float64 else max(eps, 1e-5)
@@ -132,6 +178,8 @@ def compare(actual: Tensor, exact: Tensor) -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "assign_targets": check_assign_targets,
+    "box_and_centerness_loss": check_box_and_centerness_loss,
+    "iou_loss": check_iou_loss,
     "nms": check_nms,
     "padded_batched_nms": check_padded_batched_nms,
     "sigmoid_focal_loss": check_sigmoid_focal_loss,
