@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_sigmoid_focal_loss, shapes
+from benchmarks import (
+    bench_iou_loss,
+    bench_sigmoid_focal_loss,
+    shapes,
+)
 from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case
 
 CPU = torch.device("cpu")
@@ -30,19 +34,28 @@ def make_case(**providers: Any) -> Case:
     )
 
 
-def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "module, num_rows",
+    [
+        (bench_iou_loss, 8),
+        (bench_sigmoid_focal_loss, 10),
+    ],
+)
+def test_quick_run(
+    module: Any, num_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new" / "rows.json"
     arguments = ["--quick", "--output", str(output)]
-    assert main(bench_sigmoid_focal_loss.OP, bench_sigmoid_focal_loss.cases, arguments) == 0
+    assert main(module.OP, module.cases, arguments) == 0
     rows = json.loads(output.read_text())
-    assert len(rows) == 10
+    assert len(rows) == num_rows
     for row in rows:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
-        assert row["op"] == "sigmoid_focal_loss"
+        assert row["op"] == module.OP
         assert {"device", "torch", "commit", "date", "instruction_set", "threads"} <= row.keys()
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
-    assert printed.count("x ours") == 10 and "torch.compile of reference" in printed
+    assert printed.count("x ours") == num_rows and "torch.compile of reference" in printed
 
 
 @pytest.mark.parametrize(
