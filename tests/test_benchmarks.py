@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    bench_iou_loss,
-    bench_sigmoid_focal_loss,
-    shapes,
-)
-from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case
+from benchmarks import bench_iou_loss, bench_nms, bench_sigmoid_focal_loss, shapes
+from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
 
 CPU = torch.device("cpu")
+ZERO = torch.tensor([0])
 
 
 def make_case(**providers: Any) -> Case:
@@ -56,6 +53,15 @@ def test_quick_run(
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
     assert printed.count("x ours") == num_rows and "torch.compile of reference" in printed
+
+
+def test_indices_have_to_be_equal() -> None:
+    case = bench_nms.cases(CPU, quick=True)[-1]
+    inputs, ours = case.make_inputs(0), case.providers[OURS]
+    for name in case.providers:
+        assert "refused" not in verify(case, name, inputs), name
+    case.providers["one wrong"] = lambda *inputs: (ours(*inputs)[0].index_fill(0, ZERO, -1),)
+    assert "refused" in verify(case, "one wrong", inputs)
 
 
 @pytest.mark.parametrize(
