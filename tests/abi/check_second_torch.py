@@ -70,11 +70,11 @@ def check_assign_targets() -> None:
         changes.append({"strides": [*strides[:i], strides[i] + 5, *strides[i + 1 :]]})
         for size in ((5, sizes[i][1]), (sizes[i][0], 7)):
             changes.append({"feature_sizes": [*sizes[:i], size, *sizes[i + 1 :]]})
-        for ends in ((ranges[i][0] + 7.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 20.25)):
+        for ends in ((ranges[i][0] + 15.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 12.25)):
             changes.append({"size_ranges": [*ranges[:i], ends, *ranges[i + 1 :]]})
     # on the grid of locations, so that distances lie at the ends of ranges
     corner = torch.randint(50, (60, 2)).mul(4.0)
-    boxes = torch.cat([corner, corner + torch.randint(1, 40, (60, 2)).mul(4.0)], dim=1)
+    boxes = torch.cat([corner, corner + 2.0 ** torch.randint(2, 8, (60, 2))], dim=1)
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
