@@ -181,7 +181,7 @@ def _reference(
     if reduction == "none" and isinstance(logits, Tensor):
         return each.to(logits.dtype)
     if reduction == "none":
-        parts = each.split([level[0, 0].numel() for level in logits], dim=1)
+        parts = each.split([level.shape[2] * level.shape[3] for level in logits], dim=1)
         pairs = zip(parts, logits, strict=True)
         return [part.transpose(1, 2).reshape(level.shape).to(level.dtype) for part, level in pairs]
     if reduction == "mean":
@@ -199,8 +199,8 @@ def _each_ref(
     # log(p_t) = -softplus(-z), with z the logit of the right answer
     z = torch.where(positive, x, -x)
     # tensors of this dtype: where() makes float32 of two numbers
-    weights = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
-    alpha_t = torch.where(positive, *(x.new_full((), weight) for weight in weights))
+    of_positive, of_negative = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
+    alpha_t = torch.where(positive, x.new_full((), of_positive), x.new_full((), of_negative))
     # logsigmoid keeps what 1 - p_t and log(p_t) would lose to cancellation
     log_p_t = torch.nn.functional.logsigmoid(z)
     loss = alpha_t * torch.exp(gamma * torch.nn.functional.logsigmoid(-z)) * -log_p_t
@@ -359,7 +359,7 @@ class _FusedGradient(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         # With create_graph=True the operator is called, so that its second derivative can raise.
         if gradients is None or torch.is_grad_enabled():

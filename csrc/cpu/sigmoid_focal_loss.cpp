@@ -12,15 +12,16 @@
 namespace fcos_ext {
 namespace {
 
-// Logits of one work item. A fixed size, whatever the number of threads, makes the sum the same
-// to the bit on any of them.
-constexpr int64_t kTile = 16384;
-// Logits that are computed at a time, in buffers that stay in the L1 cache.
+// Logits of one work item with classes innermost, and with positions innermost. Fixed sizes,
+// whatever the number of threads, make the sum the same to the bit on any of them.
+constexpr int64_t kRowTile = 16384;
+constexpr int64_t kPlaneTile = 65536;
+// Locations of a work item at most: their labels are gathered first.
+constexpr int64_t kLocations = 4096;
+// Logits that are computed at a time, in a buffer that stays in the L1 cache.
 constexpr int64_t kBlock = 1024;
 // Loops run over multiples of this, so that no vector is left in part.
 constexpr int64_t kPadding = 16;
-// Locations of a tile whose labels are gathered.
-constexpr int64_t kMaxRows = 2048;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -32,7 +33,7 @@ double value_of(const std::optional<Tensor>& scalar, double otherwise) {
 
 // One level of a call. Its tiles are
 //   classes innermost:   rows_per_tile whole locations, seen as one run of memory
-//   positions innermost: kBlock positions of an image (or all) by planes_per_tile classes
+//   positions innermost: kLocations of an image (or all) by planes_per_tile classes
 template <Work kWork, typename scalar_t, typename Gamma>
 struct LevelWorker {
   using acc = acc_t<scalar_t>;
@@ -46,7 +47,7 @@ struct LevelWorker {
   acc positive_weight, negative_weight, scale;
   Gamma gamma;
   bool planes;
-  int64_t rows_per_tile = 0, planes_per_tile = 0, blocks = 0, chunks = 0;
+  int64_t rows_per_tile = 0, planes_per_tile = 0, stretches = 0, chunks = 0;
   int64_t first_tile = 0, tiles = 0;
 
   LevelWorker(const FocalCall& call, const FocalLevel& level, double scale, Gamma gamma)
@@ -67,11 +68,11 @@ struct LevelWorker {
     if constexpr (writes(kWork)) out = Tensor(level.out).mutable_data_ptr<scalar_t>();
     if (call.quality) quality = call.quality->template const_data_ptr<acc>();
     if (level.logits.numel() == 0) return;
-    rows_per_tile = std::clamp<int64_t>(kTile / C, 1, kMaxRows);
-    blocks = divide_up(positions, kBlock);
-    planes_per_tile = std::clamp<int64_t>(kTile / std::min(positions, kBlock), 1, C);
+    rows_per_tile = std::clamp<int64_t>(kRowTile / C, 1, kLocations);
+    planes_per_tile = std::clamp<int64_t>(kPlaneTile / std::min(positions, kLocations), 1, C);
+    stretches = divide_up(positions, kLocations);
     chunks = divide_up(C, planes_per_tile);
-    tiles = planes ? images * blocks * chunks : divide_up(images * positions, rows_per_tile);
+    tiles = planes ? images * stretches * chunks : divide_up(images * positions, rows_per_tile);
   }
 
   // Weighted sum of the losses of a tile.
@@ -94,7 +95,7 @@ struct LevelWorker {
 #pragma omp simd reduction(+ : sum)
     for (int k = 0; k < size; ++k) {
       const Term<acc> term = negative_term(x[k], gamma);
-      sum += term.loss;
+      if constexpr (sums(kWork)) sum += term.loss;
       x[k] = factor * (kWork == Work::kEach ? term.loss : term.derivative);
     }
     if constexpr (kWork == Work::kEachGradient)
@@ -122,7 +123,7 @@ struct LevelWorker {
   FCOS_INLINE double run_rows(int64_t tile) const {
     const int64_t first_row = tile * rows_per_tile;
     const int64_t rows = std::min(rows_per_tile, images * positions - first_row);
-    int label[kMaxRows];
+    int label[kLocations];
     for (int64_t row = 0; row < rows;) {  // image by image, each a run of memory
       const int64_t from = label_index(first_row + row);
       const int64_t n = std::min(rows - row, positions - (first_row + row) % positions);
@@ -157,25 +158,30 @@ struct LevelWorker {
   }
 
   FCOS_INLINE double run_planes(int64_t tile) const {
-    const int64_t chunk = tile % chunks, block = tile / chunks % blocks;
-    const int64_t image = tile / chunks / blocks;
-    const int64_t position = block * kBlock, n = std::min(kBlock, positions - position);
+    const int64_t chunk = tile % chunks, stretch = tile / chunks % stretches;
+    const int64_t image = tile / chunks / stretches;
+    const int64_t position = stretch * kLocations;
+    const int64_t n = std::min(kLocations, positions - position);
     const int64_t first_class = chunk * planes_per_tile;
     const int64_t last_class = std::min(first_class + planes_per_tile, C);
     const int64_t location = image * labels_per_image + first_label + position;
-    int label[kBlock];
+    int label[kLocations];
     for (int64_t k = 0; k < n; ++k) label[k] = labels.at(location + k, static_cast<int>(C));
 
     alignas(64) acc x[kBlock];
     double negative_sum = 0, positive_sum = 0;
-    for (int64_t c = first_class; c < last_class; ++c) {
-      const int64_t first = (image * C + c) * positions + position;
-      const int size = static_cast<int>(n), this_class = static_cast<int>(c);
-      for (int k = 0; k < size; ++k) x[k] = static_cast<acc>(logits[first + k]);
-      for (int k = 0; k < size; ++k)
-        x[k] = label[k] != this_class && label[k] != kIgnored ? x[k] : acc(kNever);
-      negative_sum += negatives(x, n, first);
-    }
+    for (int64_t c = first_class; c < last_class; ++c)
+      for (int64_t begin = 0; begin < n; begin += kBlock) {
+        const int64_t first = (image * C + c) * positions + position + begin;
+        const int size = static_cast<int>(std::min(kBlock, n - begin));
+        const int this_class = static_cast<int>(c);
+        for (int k = 0; k < size; ++k) {
+          const int l = label[begin + k];
+          const acc logit = static_cast<acc>(logits[first + k]);
+          x[k] = (l != this_class) & (l != kIgnored) ? logit : acc(kNever);
+        }
+        negative_sum += negatives(x, size, first);
+      }
     for (int64_t k = 0; k < n; ++k)
       if (label[k] >= first_class && label[k] < last_class)
         positive_sum += positive((image * C + label[k]) * positions + position + k, location + k);
