@@ -52,6 +52,7 @@ inline void check_scalar(const char* op, const char* name, const Tensor& t, cons
 // Whether t [N, C, H, W] lies in memory without gaps, with dimension 1 the second (planes) or the
 // last. Dimensions of size 1 do not count, so that a tensor can be both.
 inline bool is_dense(const Tensor& t, bool planes) {
+  if (t.numel() == 0) return true;
   const int planes_order[] = {3, 2, 1, 0}, rows_order[] = {1, 3, 2, 0};
   int64_t stride = 1;
   for (int d : planes ? planes_order : rows_order) {

