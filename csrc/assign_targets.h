@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "centerness.h"
+#include "integers.h"
 #include "math.h"
 #include "nms.h"
 
@@ -71,23 +73,6 @@ FCOS_INLINE bool may_hold(const Level& level, float first, float last, float low
   return last - low > 0.0f && high - first > 0.0f && last - center > -level.reach &&
          first - center < level.reach && first - low <= level.high && high - last <= level.high;
 }
-
-// sqrt((min(l, r) / max(l, r)) (min(t, b) / max(t, b))).
-FCOS_INLINE float centerness_of(float l, float t, float r, float b) {
-  const float horizontal = smaller_of(l, r) / larger_of(l, r);
-  const float vertical = smaller_of(t, b) / larger_of(t, b);
-  return std::sqrt(product(horizontal, vertical));
-}
-
-// Labels, offsets or counts: int64 or int32.
-struct Integers {
-  const void* data;
-  bool is_int64;
-  FCOS_INLINE int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i]
-                    : int64_t(static_cast<const int32_t*>(data)[i]);
-  }
-};
 
 FCOS_INLINE int64_t clamped(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "assign_targets.h"
-#include "common.h"
+#include "checks.h"
 
 namespace fcos_ext {
 
@@ -44,20 +44,11 @@ struct TargetPointers {
         num_pos(std::get<4>(t).mutable_data_ptr<int64_t>()) {}
 };
 
-inline bool is_index(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int;
-}
-
 inline void check_assign_targets(const Tensor& boxes, const Tensor& labels, const Tensor& extents) {
   constexpr const char* kOp = "assign_targets";
-  const ScalarType dtype = boxes.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  kOp, ": boxes must be floating point, got ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(is_index(labels), kOp, ": labels must be int32 or int64, got ",
-                  torch::headeronly::toString(labels.scalar_type()));
-  STD_TORCH_CHECK(is_index(extents), kOp, ": offsets or counts must be int32 or int64, got ",
-                  torch::headeronly::toString(extents.scalar_type()));
+  check_floating(kOp, "boxes", boxes);
+  check_integer(kOp, "labels", labels);
+  check_integer(kOp, "offsets or counts", extents);
   STD_TORCH_CHECK((boxes.dim() == 2 || boxes.dim() == 3) && boxes.size(-1) == 4, kOp,
                   ": boxes must have shape [K, 4] or [N, M, 4]");
   bool rows_agree = labels.dim() == boxes.dim() - 1;
@@ -89,11 +80,8 @@ struct GroundTruth {
   bool is_padded() const { return boxes.dim() == 3; }
   int64_t num_images() const { return is_padded() ? boxes.size(0) : extents.size(0) - 1; }
   Boxes rows() const {
-    const auto integers = [](const Tensor& t) {
-      return Integers{t.const_data_ptr(), t.scalar_type() == ScalarType::Long};
-    };
-    return {boxes.const_data_ptr<float>(), integers(labels), integers(extents), labels.numel(),
-            is_padded() ? boxes.size(1) : -1};
+    return {boxes.const_data_ptr<float>(), integers_of(labels), integers_of(extents),
+            labels.numel(), is_padded() ? boxes.size(1) : -1};
   }
 
  private:

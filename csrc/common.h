@@ -1,4 +1,4 @@
-// What every kernel file needs: names, argument checks, dtype dispatch.
+// What every kernel file needs: names and dtypes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -39,15 +39,8 @@ void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
     case ScalarType::BFloat16:
       return f(torch::headeronly::BFloat16{});
     default:
-      STD_TORCH_CHECK(false, op, ": logits must be floating point, got ",
-                      torch::headeronly::toString(dtype));
+      STD_TORCH_CHECK(false, op, ": no kernel for ", torch::headeronly::toString(dtype));
   }
-}
-
-inline void check_same_device(const char* op, const char* a_name, const Tensor& a,
-                              const char* b_name, const Tensor& b) {
-  STD_TORCH_CHECK(a.device() == b.device(), op, ": ", a_name, " and ", b_name,
-                  " must be on the same device");
 }
 
 // float64 for float64 input, else float32: the dtype of sums.

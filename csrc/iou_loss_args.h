@@ -1,9 +1,9 @@
 // The argument rules of iou_loss, the same for CPU and CUDA.
 #pragma once
 
-#include "common.h"
+#include "checks.h"
+#include "integers.h"
 #include "iou_loss.h"
-#include "labels.h"
 #include "rows.h"
 
 namespace fcos_ext {
@@ -35,17 +35,6 @@ void dispatch_acc(const Tensor& pred, const F& f) {
   f(float{});
 }
 
-inline bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
-}
-
-inline void check_floating(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": ", name,
-                  " must be float32, float64, float16 or bfloat16, got ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
 // pred and target [..., 4], and the kind.
 inline void check_boxes(const char* op, const Tensor& pred, const Tensor& target, int64_t kind) {
   check_floating(op, "pred", pred);
@@ -69,20 +58,8 @@ inline void check_one_per_row(const char* op, const char* name, const Tensor& t,
 }
 
 inline void check_labels(const char* op, const Tensor& labels, const Tensor& pred) {
-  STD_TORCH_CHECK(
-      labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
-      ": labels must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+  check_integer(op, "labels", labels);
   check_one_per_row(op, "labels", labels, pred);
-}
-
-// t is a number in the type of the computation.
-inline void check_scalar(const char* op, const char* name, const Tensor& t, const Tensor& pred) {
-  STD_TORCH_CHECK(t.dim() == 0, op, ": ", name, " must be a 0-d tensor, got ", t.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(t.scalar_type() == acc_dtype(pred), op, ": ", name, " must be ",
-                  torch::headeronly::toString(acc_dtype(pred)), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-  check_same_device(op, "pred", pred, name, t);
 }
 
 inline void check_iou_loss(const char* op, const Tensor& pred, const Tensor& target,
@@ -103,15 +80,15 @@ inline void check_reduction(const char* op, int64_t reduction, const Tensor& pre
   if (!normalizer) return;
   STD_TORCH_CHECK(reduction == static_cast<int64_t>(Reduction::kSum), op,
                   ": normalizer needs the sum, got reduction ", reduction);
-  check_scalar(op, "normalizer", *normalizer, pred);
+  check_scalar(op, "normalizer", *normalizer, "pred", pred);
 }
 
 // `grad` is that of the sum, with the divisor of the sum, or that of each loss.
 inline void check_iou_loss_grad(const char* op, const Tensor& grad, const Tensor& pred,
                                 const std::optional<Tensor>& divisor) {
   if (divisor) {
-    check_scalar(op, "grad", grad, pred);
-    return check_scalar(op, "divisor", *divisor, pred);
+    check_scalar(op, "grad", grad, "pred", pred);
+    return check_scalar(op, "divisor", *divisor, "pred", pred);
   }
   STD_TORCH_CHECK(grad.scalar_type() == pred.scalar_type(), op,
                   ": grad must have the dtype of pred, got ",

@@ -22,6 +22,20 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "sigmoid_focal_loss_each_backward(Tensor[] grads, Tensor[] logits, Tensor labels, "
       "Tensor? quality, float alpha, float gamma) -> Tensor[]");
   m.def(
+      "iou_loss(Tensor pred, Tensor target, Tensor? weights, Tensor? labels, Tensor? normalizer, "
+      "int kind, int reduction, float smooth, float eps) -> (Tensor loss, Tensor divisor)");
+  m.def(
+      "iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weights, Tensor? labels, "
+      "Tensor? divisor, int kind, float smooth, float eps) -> Tensor");
+  m.def(
+      "box_and_centerness_loss(Tensor pred, Tensor centerness, Tensor target, Tensor labels, "
+      "Tensor? centerness_target, int kind, bool weighted, float smooth, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "box_and_centerness_loss_backward(Tensor grad_box, Tensor grad_centerness, Tensor pred, "
+      "Tensor centerness, Tensor target, Tensor labels, Tensor? centerness_target, int kind, "
+      "bool weighted, float smooth, float eps) -> (Tensor, Tensor)");
+  m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
       "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "
       "bool normalize) -> (Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, "
@@ -36,18 +50,4 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "
       "float score_threshold, bool gaussian, int max_detections) -> "
       "(Tensor keep, Tensor kept_scores, Tensor counts)");
-  m.def(
-      "iou_loss(Tensor pred, Tensor target, Tensor? weights, Tensor? labels, Tensor? normalizer, "
-      "int kind, int reduction, float smooth, float eps) -> (Tensor loss, Tensor divisor)");
-  m.def(
-      "iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weights, Tensor? labels, "
-      "Tensor? divisor, int kind, float smooth, float eps) -> Tensor");
-  m.def(
-      "box_and_centerness_loss(Tensor pred, Tensor centerness, Tensor target, Tensor labels, "
-      "Tensor? centerness_target, int kind, bool weighted, float smooth, float eps) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "box_and_centerness_loss_backward(Tensor grad_box, Tensor grad_centerness, Tensor pred, "
-      "Tensor centerness, Tensor target, Tensor labels, Tensor? centerness_target, int kind, "
-      "bool weighted, float smooth, float eps) -> (Tensor, Tensor)");
 }

@@ -1,4 +1,4 @@
-// exp, log1p and 1/x on the ranges that the formulas need: correct to a few float32 ulp, without
+// exp, log and 1/x on the ranges that the formulas need: correct to a few float32 ulp, without
 // branches or library calls, so that CPU loops vectorise and a GPU uses its special-function unit.
 // float64 (gradient checks) goes to the standard library.
 #pragma once
@@ -43,12 +43,15 @@ FCOS_INLINE double product(double a, double b) {
 #endif
 }
 
-// e^x for x <= 0 by a series: the same bits on every device. Below about -87 it is 2^-126 or 0.
+// e^x by a series: the same bits on every device. Below about -87 it is 2^-126, above 88.7
+// infinity.
 FCOS_INLINE float exp_by_series(float x) {
   // 2^t = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds t to the integer n and leaves it in
-  // the low bits, from where it is shifted into the exponent. The series is that of e^(f ln 2).
+  // the low bits, from where it is shifted into the exponent; n = 128 makes the bits of infinity.
+  // The series is that of e^(f ln 2).
   const float t = product(x, 1.44269504088896341f);
-  const float clamped = t < -126.0f ? -126.0f : t;
+  const float low = t < -126.0f ? -126.0f : t;
+  const float clamped = low > 128.0f ? 128.0f : low;
   const float shifted = clamped + 12582912.0f;
   const float f = product(clamped - (shifted - 12582912.0f), 0.693147180559945309f);
   float series = 1.0f / 5040.0f;
@@ -67,47 +70,15 @@ FCOS_INLINE float exp_by_series(float x) {
   return product(power, series);
 }
 
-// e^x for x <= 0, as fast as the device can. Below about -87 the float version stays at 2^-126 or
-// 0: nothing that is added to a number of ordinary size can tell.
-FCOS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
-FCOS_INLINE float exp_nonpositive(float x) {
+// e^x, as fast as the device can.
+FCOS_INLINE double exponential(double x) { return std::exp(x); }
+FCOS_INLINE float exponential(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
   return y;
 #else
   return exp_by_series(x);
-#endif
-}
-
-// e^x for any x: 0 or infinity where float has nothing else.
-FCOS_INLINE double exponential(double x) { return std::exp(x); }
-FCOS_INLINE float exponential(float x) {
-  const float t = x * 1.44269504088896341f;
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
-  return y;
-#else
-  // As above. n = 128 makes the bits of infinity.
-  const float low = t < -126.0f ? -126.0f : t;
-  const float clamped = low > 128.0f ? 128.0f : low;
-  const float shifted = clamped + 12582912.0f;
-  const float f = (clamped - (shifted - 12582912.0f)) * 0.693147180559945309f;
-  float series = 1.0f / 5040.0f;
-  series = series * f + 1.0f / 720.0f;
-  series = series * f + 1.0f / 120.0f;
-  series = series * f + 1.0f / 24.0f;
-  series = series * f + 1.0f / 6.0f;
-  series = series * f + 0.5f;
-  series = series * f + 1.0f;
-  series = series * f + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return power * series;
 #endif
 }
 
@@ -138,30 +109,6 @@ FCOS_INLINE float logarithm(float x) {
   series = series * f - 0.499999870f;
   series = series * f + 0.999999974f;
   return static_cast<float>(n) * 0.693147180559945309f + series * f;
-#endif
-}
-
-// log(1 + e) for 0 <= e <= 1, to full relative accuracy however small e is.
-FCOS_INLINE double log1p_unit(double e) { return std::log1p(e); }
-FCOS_INLINE float log1p_unit(float e) {
-#ifdef __CUDA_ARCH__
-  // lg2 has a fixed absolute error, so its relative one is large near 1: a series takes over.
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + e));
-  const float series = e * (1.0f + e * (-0.5f + e * (1.0f / 3.0f - 0.25f * e)));
-  return e < 0.03125f ? series : 0.693147180559945309f * y;
-#else
-  // 2 atanh(z) with z = e / (2 + e) <= 1/3.
-  const float z = e / (2.0f + e);
-  const float z2 = z * z;
-  float series = 2.0f / 13.0f;
-  series = series * z2 + 2.0f / 11.0f;
-  series = series * z2 + 2.0f / 9.0f;
-  series = series * z2 + 2.0f / 7.0f;
-  series = series * z2 + 2.0f / 5.0f;
-  series = series * z2 + 2.0f / 3.0f;
-  series = series * z2 + 2.0f;
-  return series * z;
 #endif
 }
 

@@ -3,16 +3,10 @@
 
 #include <limits>
 
-#include "common.h"
+#include "checks.h"
 #include "nms.h"
 
 namespace fcos_ext {
-
-inline bool is_floating(const Tensor& t) {
-  const ScalarType dtype = t.scalar_type();
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
-}
 
 inline void check_nms(const Tensor& boxes, const Tensor& scores,
                       const std::optional<Tensor>& groups) {
@@ -20,12 +14,10 @@ inline void check_nms(const Tensor& boxes, const Tensor& scores,
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, kOp, ": boxes must be [K, 4], got ",
                   boxes.dim(), " dimensions, the last of size ",
                   boxes.dim() > 0 ? boxes.size(-1) : 0);
-  STD_TORCH_CHECK(is_floating(boxes), kOp, ": boxes must be floating point, got ",
-                  torch::headeronly::toString(boxes.scalar_type()));
+  check_floating(kOp, "boxes", boxes);
   STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), kOp,
                   ": scores must be [K], one for each box");
-  STD_TORCH_CHECK(is_floating(scores), kOp, ": scores must be floating point, got ",
-                  torch::headeronly::toString(scores.scalar_type()));
+  check_floating(kOp, "scores", scores);
   check_same_device(kOp, "boxes", boxes, "scores", scores);
   STD_TORCH_CHECK(boxes.size(0) <= std::numeric_limits<int32_t>::max(), kOp,
                   ": at most 2^31 - 1 boxes, got ", boxes.size(0));

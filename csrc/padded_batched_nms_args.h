@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "common.h"
+#include "checks.h"
 #include "padded_batched_nms.h"
 
 namespace fcos_ext {

@@ -5,14 +5,14 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
+#include "checks.h"
 #include "sigmoid_focal_loss.h"
 
 namespace fcos_ext {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr size_t kMaxLevels = 8;
+constexpr size_t kMaxFocalLevels = 8;
 
 // One level [N, C, H, W], dense: each image is C x positions (planes) or positions x C.
 struct FocalLevel {
@@ -39,15 +39,6 @@ struct FocalCall {
   // Of any level: they all agree.
   const Tensor& logits() const { return levels[0].logits; }
 };
-
-inline void check_scalar(const char* op, const char* name, const Tensor& t, const Tensor& logits) {
-  STD_TORCH_CHECK(t.dim() == 0, op, ": ", name, " must be a 0-d tensor, got ", t.dim(),
-                  " dimensions");
-  STD_TORCH_CHECK(t.scalar_type() == acc_dtype(logits), op, ": ", name, " must be ",
-                  torch::headeronly::toString(acc_dtype(logits)), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
-  check_same_device(op, "logits", logits, name, t);
-}
 
 // Whether t [N, C, H, W] lies in memory without gaps, with dimension 1 the second (planes) or the
 // last. Dimensions of size 1 do not count, so that a tensor can be both.
@@ -77,8 +68,9 @@ inline void check_same_shape(const char* op, const char* name, const Tensors& so
 inline FocalCall make_call(const char* op, const Tensors& logits, const Tensor& labels,
                            const std::optional<Tensor>& quality,
                            const std::optional<Tensor>& normalizer, double alpha, double gamma) {
-  STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxLevels, op, ": logits must have 1 to ",
-                  kMaxLevels, " levels, got ", logits.size());
+  STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxFocalLevels, op,
+                  ": logits must have 1 to ", kMaxFocalLevels, " levels, got ", logits.size());
+  check_floating(op, "logits", logits[0]);
   FocalCall call{};
   for (const Tensor& level : logits) {
     STD_TORCH_CHECK(level.dim() == 4, op, ": a level must be [N, C, H, W], got ", level.dim(),
@@ -105,9 +97,7 @@ inline FocalCall make_call(const char* op, const Tensors& logits, const Tensor& 
       labels.dim() == 2 && labels.size(0) == call.images && labels.size(1) == call.labels_per_image,
       op, ": labels must be [N, L] with a label for each location, N = ", call.images,
       " and L = ", call.labels_per_image);
-  STD_TORCH_CHECK(
-      labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, op,
-      ": labels must be int64 or int32, got ", torch::headeronly::toString(labels.scalar_type()));
+  check_integer(op, "labels", labels);
   check_same_device(op, "logits", logits[0], "labels", labels);
   call.labels = torch::stable::contiguous(labels);
   if (quality) {
@@ -119,16 +109,12 @@ inline FocalCall make_call(const char* op, const Tensors& logits, const Tensor& 
     check_same_device(op, "logits", logits[0], "quality", *quality);
     call.quality = torch::stable::contiguous(*quality);
   }
-  if (normalizer) check_scalar(op, "normalizer", *normalizer, logits[0]);
+  if (normalizer) check_scalar(op, "normalizer", *normalizer, "logits", logits[0]);
   call.normalizer = normalizer;
   call.positive_weight = alpha < 0 ? 1.0 : alpha;
   call.negative_weight = alpha < 0 ? 1.0 : 1.0 - alpha;
   call.gamma = gamma;
   return call;
-}
-
-inline Labels labels_of(const FocalCall& call) {
-  return {call.labels.const_data_ptr(), call.labels.scalar_type() == ScalarType::Long};
 }
 
 // Results in the layout of the logits.
@@ -162,7 +148,7 @@ struct FocalOps {
                           double gamma) {
     constexpr const char* kOp = "sigmoid_focal_loss_backward";
     FocalCall call = make_call(kOp, logits, labels, quality, normalizer, alpha, gamma);
-    check_scalar(kOp, "grad", grad, logits[0]);
+    check_scalar(kOp, "grad", grad, "logits", logits[0]);
     call.grad = grad;
     Tensors out = new_outputs(call);
     Backend::template run<Work::kGradient>(call);
@@ -187,7 +173,7 @@ struct FocalOps {
                        const MaybeTensor& normalizer, double alpha, double gamma) {
     constexpr const char* kOp = "sigmoid_focal_loss_rescale_";
     FocalCall call = make_call(kOp, logits, labels, quality, normalizer, alpha, gamma);
-    check_scalar(kOp, "grad", grad, logits[0]);
+    check_scalar(kOp, "grad", grad, "logits", logits[0]);
     check_same_shape(kOp, "gradients", gradients, logits);
     call.grad = grad;
     call.only_if_not_one = true;

@@ -85,11 +85,11 @@ def assign_targets(
     Args:
         boxes (Tensor[K, 4] or Tensor[N, M, 4]): x0, y0, x1, y1 in pixels, any floating dtype:
             packed, of all images one after the other; or padded, M for each image.
-        labels (Tensor[K] or Tensor[N, M]): class of each box, int32 or int64. Must be >= 0: the
+        labels (Tensor[K] or Tensor[N, M]): class of each box, int64 or int32. Must be >= 0: the
             output's -1 means background, and ignored boxes are not known here.
-        offsets (Tensor[N + 1]): of packed boxes, int32 or int64: image i owns the boxes offsets[i]
+        offsets (Tensor[N + 1]): of packed boxes, int64 or int32: image i owns the boxes offsets[i]
             up to offsets[i + 1].
-        counts (Tensor[N]): of padded boxes, int32 or int64: image i owns the first counts[i] of its
+        counts (Tensor[N]): of padded boxes, int64 or int32: image i owns the first counts[i] of its
             M boxes. What the others hold does not matter.
         feature_sizes: (height, width) of each level, in locations.
         strides: of each level, in pixels. At most 32 levels.
@@ -290,7 +290,7 @@ def _check(
         raise TypeError(f"assign_targets: boxes must be floating point, got {boxes.dtype}")
     for what, tensor in (("labels", labels), (name, extents)):
         if tensor.dtype not in _INTEGERS:
-            raise TypeError(f"assign_targets: {what} must be int32 or int64, got {tensor.dtype}")
+            raise TypeError(f"assign_targets: {what} must be int64 or int32, got {tensor.dtype}")
         if tensor.device != boxes.device:
             raise ValueError(
                 f"assign_targets: {what} must be on the device of boxes, {boxes.device}, "

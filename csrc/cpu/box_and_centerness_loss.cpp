@@ -19,14 +19,16 @@ template <typename acc, typename Body>
 FCOS_INLINE void for_each_block(const BoxAndCenternessInputs& in, int64_t begin, int64_t end,
                                 const Body& body) {
   Columns<acc> c;
-  for_each_row_block(labels_of(in.labels), begin, end, [&](const int64_t* rows, int n) {
+  for_each_row_block(integers_of(in.labels), begin, end, [&](const int64_t* rows, int n) {
     gather(in.pred.rows, rows, n, c.pred);
     gather(in.target.rows, rows, n, c.target);
     gather(in.centerness.rows, rows, n, c.centerness);
     if (in.centerness_target)
       gather(in.centerness_target->rows, rows, n, c.centerness_target);
     else
-      for (int i = 0; i < n; ++i) c.centerness_target[i] = centerness_of(c.target[i]);
+      for (int i = 0; i < n; ++i)
+        c.centerness_target[i] =
+            centerness_of(c.target[i].l, c.target[i].t, c.target[i].r, c.target[i].b);
     body(rows, n, c);
   });
 }
@@ -126,8 +128,8 @@ std::tuple<Tensor, Tensor> box_and_centerness_loss_backward_cpu(
     double eps) {
   constexpr const char* kOp = "box_and_centerness_loss_backward";
   check_box_and_centerness_loss(kOp, pred, centerness, target, labels, centerness_target, kind);
-  check_scalar(kOp, "grad_box", grad_box, pred);
-  check_scalar(kOp, "grad_centerness", grad_centerness, pred);
+  check_scalar(kOp, "grad_box", grad_box, "pred", pred);
+  check_scalar(kOp, "grad_centerness", grad_centerness, "pred", pred);
   const BoxAndCenternessInputs in(pred, centerness, target, labels, centerness_target);
   Output by_pred(pred, pred.dim() - 1), by_centerness(centerness, centerness.dim());
   if (in.rows == 0) return {by_pred.result, by_centerness.result};

@@ -13,7 +13,7 @@ struct Inputs {
   Input pred, target;
   std::optional<Input> weights;
   std::optional<Tensor> labels_tensor;
-  Labels labels;
+  Integers labels;
   int64_t rows;
 
   Inputs(const Tensor& p, const Tensor& t, const std::optional<Tensor>& w,
@@ -22,7 +22,7 @@ struct Inputs {
     if (w) weights.emplace(*w, p.dim() - 1);
     if (!l) return;
     labels_tensor = torch::stable::contiguous(*l);
-    labels = labels_of(*labels_tensor);
+    labels = integers_of(*labels_tensor);
   }
 };
 

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../integers.h"
 #include "../iou_loss.h"
-#include "../labels.h"
 #include "../rows.h"
 #include "simd.h"
 
@@ -63,7 +63,7 @@ FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t begin, int64_
 }
 
 template <typename Body>
-FCOS_INLINE void for_each_row_block(const Labels& labels, int64_t begin, int64_t end,
+FCOS_INLINE void for_each_row_block(const Integers& labels, int64_t begin, int64_t end,
                                     const Body& body) {
   if (labels.is_int64)
     for_each_row_block(static_cast<const int64_t*>(labels.data), begin, end, body);

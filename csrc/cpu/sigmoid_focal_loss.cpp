@@ -42,7 +42,7 @@ struct LevelWorker {
   const scalar_t* grads = nullptr;  // kEachGradient
   scalar_t* out = nullptr;
   int64_t images, positions, C, labels_per_image, first_label;
-  Labels labels;
+  Integers labels;
   const acc* quality = nullptr;
   acc positive_weight, negative_weight, scale;
   Gamma gamma;
@@ -57,7 +57,7 @@ struct LevelWorker {
         C(call.classes),
         labels_per_image(call.labels_per_image),
         first_label(level.first_label),
-        labels(labels_of(call)),
+        labels(integers_of(call.labels)),
         positive_weight(static_cast<acc>(call.positive_weight)),
         negative_weight(static_cast<acc>(call.negative_weight)),
         scale(static_cast<acc>(scale)),
@@ -89,12 +89,12 @@ struct LevelWorker {
     acc sum = 0;
     if constexpr (kWork == Work::kSum) {
 #pragma omp simd reduction(+ : sum)
-      for (int k = 0; k < size; ++k) sum += negative_term(x[k], gamma).loss;
+      for (int k = 0; k < size; ++k) sum += negative_term<scalar_t>(x[k], gamma).loss;
       return sum;
     }
 #pragma omp simd reduction(+ : sum)
     for (int k = 0; k < size; ++k) {
-      const Term<acc> term = negative_term(x[k], gamma);
+      const Term<acc> term = negative_term<scalar_t>(x[k], gamma);
       if constexpr (sums(kWork)) sum += term.loss;
       x[k] = factor * (kWork == Work::kEach ? term.loss : term.derivative);
     }
@@ -127,7 +127,8 @@ struct LevelWorker {
     for (int64_t row = 0; row < rows;) {  // image by image, each a run of memory
       const int64_t from = label_index(first_row + row);
       const int64_t n = std::min(rows - row, positions - (first_row + row) % positions);
-      for (int64_t k = 0; k < n; ++k) label[row + k] = labels.at(from + k, static_cast<int>(C));
+      for (int64_t k = 0; k < n; ++k)
+        label[row + k] = label_at(labels, from + k, static_cast<int>(C));
       row += n;
     }
 
@@ -166,7 +167,7 @@ struct LevelWorker {
     const int64_t last_class = std::min(first_class + planes_per_tile, C);
     const int64_t location = image * labels_per_image + first_label + position;
     int label[kLocations];
-    for (int64_t k = 0; k < n; ++k) label[k] = labels.at(location + k, static_cast<int>(C));
+    for (int64_t k = 0; k < n; ++k) label[k] = label_at(labels, location + k, static_cast<int>(C));
 
     alignas(64) acc x[kBlock];
     double negative_sum = 0, positive_sum = 0;

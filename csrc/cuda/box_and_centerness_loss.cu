@@ -11,7 +11,7 @@ namespace {
 template <typename acc>
 struct Args {
   ConstRows pred, centerness, target, centerness_target;  // the last one's data may be null
-  Labels labels;
+  Integers labels;
   int64_t rows;
   bool weighted;
   acc smooth, eps;
@@ -37,7 +37,7 @@ template <typename acc>
 __device__ __forceinline__ acc centerness_target_of(const Args<acc>& a, int64_t row,
                                                     const Ltrb<acc>& target) {
   return a.centerness_target.data ? load_value<acc>(a.centerness_target, row)
-                                  : centerness_of(target);
+                                  : centerness_of(target.l, target.t, target.r, target.b);
 }
 
 template <IoUKind kKind, typename acc>
@@ -123,7 +123,7 @@ Args<acc> arguments(const BoxAndCenternessInputs& in, bool weighted, double smoo
           in.centerness.rows,
           in.target.rows,
           in.centerness_target ? in.centerness_target->rows : ConstRows{},
-          labels_of(in.labels),
+          integers_of(in.labels),
           in.rows,
           weighted,
           static_cast<acc>(smooth),
@@ -171,8 +171,8 @@ std::tuple<Tensor, Tensor> box_and_centerness_loss_backward_cuda(
     double eps) {
   constexpr const char* kOp = "box_and_centerness_loss_backward";
   check_box_and_centerness_loss(kOp, pred, centerness, target, labels, centerness_target, kind);
-  check_scalar(kOp, "grad_box", grad_box, pred);
-  check_scalar(kOp, "grad_centerness", grad_centerness, pred);
+  check_scalar(kOp, "grad_box", grad_box, "pred", pred);
+  check_scalar(kOp, "grad_centerness", grad_centerness, "pred", pred);
   Output by_pred(pred, pred.dim() - 1), by_centerness(centerness, centerness.dim());
   if (pred.numel() == 0) return {by_pred.result, by_centerness.result};
   const BoxAndCenternessInputs in(pred, centerness, target, labels, centerness_target);

@@ -11,7 +11,7 @@ namespace {
 template <typename acc>
 struct Args {
   ConstRows pred, target, weights;  // weights.data may be null
-  Labels labels;                    // and so may these
+  Integers labels;                  // and so may these
   int64_t rows;
   acc smooth, eps;
 };
@@ -139,7 +139,7 @@ struct Inputs {
     return {pred.rows,
             target.rows,
             weights ? weights->rows : ConstRows{},
-            labels ? labels_of(*labels) : Labels{},
+            labels ? integers_of(*labels) : Integers{},
             rows,
             static_cast<acc>(smooth),
             static_cast<acc>(eps)};

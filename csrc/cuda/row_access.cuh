@@ -7,8 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../integers.h"
 #include "../iou_loss.h"
-#include "../labels.h"
 #include "../rows.h"
 
 namespace fcos_ext {
@@ -25,7 +25,7 @@ constexpr int kRowTile = kRowThreads * kRowsPerThread;
 FCOS_INLINE int64_t num_row_tiles(int64_t rows) { return (rows + kRowTile - 1) / kRowTile; }
 
 // Which of a thread's rows of a tile count, as bits.
-__device__ __forceinline__ unsigned rows_that_count(const Labels& labels, int64_t rows,
+__device__ __forceinline__ unsigned rows_that_count(const Integers& labels, int64_t rows,
                                                     int64_t first) {
   unsigned counting = 0;
 #pragma unroll
