@@ -86,9 +86,8 @@ def fcos_losses(
         float32 tensor, also if there are no positives at all. The third does not approach 0: the
         cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
     """
-    logits = _flatten(predictions.logits)
     cls = fcos_ext.sigmoid_focal_loss(
-        logits,
+        predictions.logits,
         targets.labels,
         config.focal_alpha,
         config.focal_gamma,

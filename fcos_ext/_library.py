@@ -80,19 +80,13 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-    returns_integers: bool = False,
 ) -> None:
     """Attach shape inference and a gradient to a compiled operator.
 
-    Without ``backward``, differentiating ``op`` raises: PyTorch would drop the term silently.
-    With ``returns_integers`` there is nothing to differentiate, and calls are some microseconds
-    faster for not going through autograd.
-    """
+    Without ``backward``, differentiating ``op`` raises: PyTorch would drop the term silently.    """
     if missing["cpu"] is not None:
         return
     torch.library.register_fake(f"fcos_ext::{op}", fake)
-    if returns_integers:
-        return
     torch.library.register_autograd(
         f"fcos_ext::{op}", backward or _not_differentiable(op), setup_context=setup_context
     )
@@ -101,8 +95,8 @@ def register(
 def register_constant(op: str, *, fake: Callable[..., Any]) -> None:
     """Attach shape inference to a compiled operator whose results never require a gradient.
 
-    Such as labels and indices. Unlike with :func:`register`, autograd does not see the call, which
-    saves the time of its Python half.
+    Such as labels and indices. Autograd does not see the call, which saves the time of its Python
+    half.
     """
     if missing["cpu"] is not None:
         return

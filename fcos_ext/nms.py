@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import kernels, register
+from ._library import kernels, register_constant
 
 _DEVICES = kernels("nms")
 
@@ -218,4 +218,4 @@ def _fake(
     return boxes.new_empty((count,), dtype=torch.int64)
 
 
-register("nms", fake=_fake, returns_integers=True)
+register_constant("nms", fake=_fake)

@@ -12,13 +12,18 @@ namespace {
 
 using namespace focal;
 
-// Resident blocks that a multiprocessor must have room for; 0 lets the compiler choose, which in
-// float64 would rather spill than have one less.
-template <typename scalar_t>
-constexpr int kMinBlocks = sizeof(scalar_t) == 8 ? 1 : 0;
+// Resident blocks that a multiprocessor must have room for: as many as leave each thread the
+// registers it needs. Not told, the compiler spills a few bytes here and there for one block more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostBlocks = 2;
+#else
+constexpr int kMostBlocks = 3;
+#endif
+template <Work kWork, typename scalar_t>
+constexpr int kMinBlocks = sizeof(scalar_t) == 8 || kWork == Work::kEachGradient ? 2 : kMostBlocks;
 
 template <Work kWork, typename scalar_t, typename Gamma>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<kWork, scalar_t>))
     sigmoid_focal_loss_kernel(const __grid_constant__ Args<scalar_t> a, const Gamma gamma) {
   using acc = acc_t<scalar_t>;
   acc scale = acc(1);

@@ -326,5 +326,32 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("fused_gradient", [False, True])
+def test_cuda_graph(fused_gradient: bool) -> None:
+    """Captured with one input and replayed with others."""
+    case = make_case("mixed", 80, torch.float32, "cuda")
+
+    def step() -> list[Tensor]:
+        loss = sigmoid_focal_loss(case.logits, case.labels, fused_gradient=fused_gradient)
+        return [loss.detach(), *torch.autograd.grad(loss, case.logits)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        new = make_case("mixed", 80, torch.float32, "cuda")
+        for held, changed in zip(
+            (*case.logits, case.labels), (*new.logits, new.labels), strict=True
+        ):
+            held.detach().copy_(changed.detach())
+        graph.replay()
+        assert_same_bits(captured, step())
+
+
 def test_reference_has_the_same_signature() -> None:
     assert inspect.signature(sigmoid_focal_loss) == inspect.signature(sigmoid_focal_loss_ref)
