@@ -43,42 +43,44 @@ FCOS_INLINE double product(double a, double b) {
 #endif
 }
 
-// e^x by a series: the same bits on every device. Below about -87 it is 2^-126, above 88.7
-// infinity.
-FCOS_INLINE float exp_by_series(float x) {
-  // 2^t = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds t to the integer n and leaves it in
-  // the low bits, from where it is shifted into the exponent; n = 128 makes the bits of infinity.
-  // The series is that of e^(f ln 2).
-  const float t = product(x, 1.44269504088896341f);
-  const float low = t < -126.0f ? -126.0f : t;
-  const float clamped = low > 128.0f ? 128.0f : low;
-  const float shifted = clamped + 12582912.0f;
-  const float f = product(clamped - (shifted - 12582912.0f), 0.693147180559945309f);
-  float series = 1.0f / 5040.0f;
-  series = product(series, f) + 1.0f / 720.0f;
-  series = product(series, f) + 1.0f / 120.0f;
-  series = product(series, f) + 1.0f / 24.0f;
-  series = product(series, f) + 1.0f / 6.0f;
-  series = product(series, f) + 0.5f;
-  series = product(series, f) + 1.0f;
-  series = product(series, f) + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return product(power, series);
-}
-
-// e^x, as fast as the device can.
-FCOS_INLINE double exponential(double x) { return std::exp(x); }
-FCOS_INLINE float exponential(float x) {
+// e^x for x <= 0; float is 0 below about -87.7.
+FCOS_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+FCOS_INLINE float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
   return y;
 #else
-  return exp_by_series(x);
+  // x = n log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^23 + 127 rounds x / log(2) to the
+  // integer n and leaves n + 127 in the low bits, from where it is shifted into the exponent; of
+  // n = -127 that makes 0. log(2) is subtracted in two parts: n times the first is exact. e^r by
+  // the polynomial of least relative error, 2e-9.
+  const float clamped = x < -88.0f ? -88.0f : x;
+  const float shifted = clamped * 1.44269504088896341f + 12583039.0f;
+  const float n = shifted - 12583039.0f;
+  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float series = 0.00138368434f;
+  series = series * r + 0.00837481767f;
+  series = series * r + 0.0416682251f;
+  series = series * r + 0.166664198f;
+  series = series * r + 0.499999911f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits <<= 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power * series;
+#endif
+}
+
+// e^x for any x: 0 or infinity where float has nothing else.
+FCOS_INLINE float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return exp_nonpositive(x);
+#else
+  return x > 0.0f ? 1.0f / exp_nonpositive(-x) : exp_nonpositive(x);
 #endif
 }
 

@@ -48,7 +48,7 @@ struct GammaAny {
   }
   template <typename T>
   FCOS_INLINE T power(T /*p*/, T log_p) const {
-    return exponential(T(gamma) * log_p);
+    return exp_nonpositive(T(gamma) * log_p);
   }
 };
 

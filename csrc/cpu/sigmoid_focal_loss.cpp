@@ -4,6 +4,7 @@
 #include "../sigmoid_focal_loss.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "../sigmoid_focal_loss_ops.h"
@@ -206,10 +207,13 @@ void run_on_cpu(const FocalCall& call, Gamma gamma) {
     tiles += levels.back().tiles;
   }
   std::vector<double> partial(tiles);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  // Tiles differ in size, and cores in speed: whoever is free takes the next.
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(tiles, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     with_cpu_isa([&] {
       auto level = levels.begin();
-      for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t tile; (tile = next.fetch_add(1)) < tiles;) {
         while (tile >= level->first_tile + level->tiles) ++level;
         partial[tile] = level->run_tile(tile - level->first_tile);
       }
