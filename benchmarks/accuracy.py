@@ -167,7 +167,8 @@ SECTIONS = {
     "sigmoid_focal_loss": f"""\
 {FOCAL_ROWS:,} locations of {shapes.NUM_CLASSES} classes, {shapes.POSITIVE_SHARE:.1%} positive,
 alpha 0.25, gamma 2.
-Ours computes in float32 and rounds once, and takes 1 - p from e^-|x| instead of subtracting.
+Ours computes in float32 and rounds once; of a float32 logit it takes 1 - p from e^x, instead of
+subtracting.
 torchvision's takes one-hot targets in the dtype of the logits and computes in that dtype; of logits
 that are cast to float32 first it has the errors of the float32 rows, for twice the memory.
 """,
