@@ -138,7 +138,6 @@ def make_case(
 ) -> Case:
     sizes = feature_sizes(image_size)
     anchors, locations_per_level = torchvision_anchors(sizes)
-    anchors = anchors.to(device)
     options: dict[str, Any] = {
         "feature_sizes": sizes,
         "strides": shapes.STRIDES,
@@ -152,15 +151,15 @@ def make_case(
         boxes = torch.cat([make_boxes(M, image_size, generator) for _ in range(images)])
         labels = torch.arange(M).repeat(images)
         offsets = torch.arange(images + 1) * M
-        return boxes.to(device), labels.to(device), offsets.to(device)
+        return tuple(x.to(device) for x in (boxes, labels, offsets, anchors))
 
-    def ours(boxes: Tensor, labels: Tensor, offsets: Tensor) -> Results:
+    def ours(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
         return (assign_targets(boxes, labels, offsets, **options).labels,)
 
-    def reference(boxes: Tensor, labels: Tensor, offsets: Tensor) -> Results:
+    def reference(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
         return (assign_targets_ref(boxes, labels, offsets, **options).labels,)
 
-    def torchvision(boxes: Tensor, labels: Tensor, offsets: Tensor) -> Results:
+    def torchvision(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
         # As its users have them: a list for each image.
         split = boxes.view(images, M, 4).unbind(), labels.view(images, M).unbind()
         return (torchvision_targets(*split, anchors, locations_per_level)[0],)

@@ -137,8 +137,14 @@ def test_results_of_a_stage(tmp_path: Path) -> None:
 
 def test_results_and_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "check.json"
-    row: dict[str, Any] = {"op": "sigmoid_focal_loss", "mode": "forward", "dtype": "bfloat16"}
-    row |= {"provider": "fcos_ext", "median_ms": 0.04, "graph_ms": 0.025, "percent_of_copy": 53.2}
+    row: dict[str, Any] = {"op": "sigmoid_focal_loss", "mode": "forward", "form": "levels"}
+    row |= {
+        "dtype": "bfloat16",
+        "provider": "fcos_ext",
+        "median_ms": 0.04,
+        "graph_ms": 0.025,
+        "percent_of_copy": 53.2,
+    }
     read = lambda: {"rows": [row], "summary": "1 rows"}  # noqa: E731
     good = [python_stage("build", "pass"), python_stage("bench_a", "pass", read=read)]
     assert gpu_check.check(good, dict(WHERE), output, minutes=1) == 0

@@ -4,6 +4,7 @@ An entry of the file::
 
     kernel     what it is about, in words
     op, where  which rows: of that benchmark, with these settings; the first that has them all
+    provider   whose time it is about, if not that of our ordinary function
     limit_us   no version is faster: bytes over bandwidth, or instructions over issue rate
     goal_us    what the kernel should take
     why        where the limit comes from
@@ -68,14 +69,16 @@ def judge(rows: Sequence[Row], limits: Sequence[Row], device: str) -> list[dict[
 
 
 def _matching(rows: Sequence[Row], limit: Row) -> list[Row]:
-    """Our row, then those of the other providers of the same case."""
+    """Our row, then those of what others offer for the same case."""
     settings = {"op": limit["op"]} | limit["where"]
     matching = [row for row in rows if settings.items() <= row.items()]
-    ours = [row for row in matching if row["provider"] == OURS]
+    ours = [row for row in matching if row["provider"] == limit.get("provider", OURS)]
     if not ours:
         return []
     case = _case(ours[0])
-    others = [row for row in matching if row["provider"] != OURS and _case(row) == case]
+    others = [
+        row for row in matching if not row["provider"].startswith(OURS) and _case(row) == case
+    ]
     return [ours[0], *others]
 
 

@@ -75,11 +75,12 @@ def check_assign_targets() -> None:
         changes.append({"strides": [*strides[:i], strides[i] + 5, *strides[i + 1 :]]})
         for size in ((5, sizes[i][1]), (sizes[i][0], 7)):
             changes.append({"feature_sizes": [*sizes[:i], size, *sizes[i + 1 :]]})
-        for ends in ((ranges[i][0] + 15.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 12.25)):
+        for ends in ((ranges[i][0] + 25.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 12.25)):
             changes.append({"size_ranges": [*ranges[:i], ends, *ranges[i + 1 :]]})
-    # on the grid of locations, so that distances lie at the ends of ranges
-    corner = torch.randint(50, (60, 2)).mul(4.0)
-    boxes = torch.cat([corner, corner + 2.0 ** torch.randint(2, 8, (60, 2))], dim=1)
+    # of sizes that make each change show, and one, by itself, on the border between two levels
+    corner = torch.stack([torch.randint(20, (60,)), torch.randint(50, (60,))], dim=1).mul(4.0)
+    boxes = torch.cat([corner, corner + 2.0 ** torch.randint(4, 8, (60, 2))], dim=1)
+    boxes[0] = torch.tensor([212.0, 100.0, 276.0, 164.0])
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
