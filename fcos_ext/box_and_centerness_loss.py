@@ -308,9 +308,7 @@ def _check(
     if not normalizers.is_floating_point():
         raise TypeError(f"{_OP}: normalizers must be floating point, got {normalizers.dtype}")
     if normalizers.shape != (2,):
-        raise ValueError(
-            f"{_OP}: normalizers must have shape [2], got {list(normalizers.shape)}"
-        )
+        raise ValueError(f"{_OP}: normalizers must have shape [2], got {list(normalizers.shape)}")
     if normalizers.device != device:
         raise ValueError(
             f"{_OP}: normalizers must be on the device of pred, {device}, got {normalizers.device}"
@@ -398,9 +396,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _save(ctx, tuple(others[:4]), (*pred, *centerness), others[4:])
 
 
-def _backward(
-    ctx: Any, grad_box: Tensor, grad_centerness: Tensor, *_: Tensor
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_box: Tensor, grad_centerness: Tensor, *_: Tensor) -> tuple[Any, ...]:
     gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
         grad_box, grad_centerness, *_saved(ctx)
     )
