@@ -248,8 +248,8 @@ def _targets(
     expected = (logits[0].shape[0], sum(level.shape[2] * level.shape[3] for level in logits))
     if tuple(targets.labels.shape) != expected:
         raise ValueError(
-            f"{_OP}: ground_truth must be of the predictions' N images and L locations, {expected}, "
-            f"got {tuple(targets.labels.shape)}"
+            f"{_OP}: ground_truth must be of the predictions' N images and L locations, "
+            f"{expected}, got {tuple(targets.labels.shape)}"
         )
     if targets.labels.device != logits[0].device:
         raise ValueError(
