@@ -211,6 +211,7 @@ def box_and_centerness_loss_ref(
     rows = pred if isinstance(pred, Tensor) else flatten(pred)
     scores = centerness if isinstance(centerness, Tensor) else flatten(centerness).squeeze(-1)
     dtype = sum_dtype(rows)
+    labels = labels.to(torch.int64)  # to be compared with any number of classes
     ignored = labels < -1
     if num_classes is not None:
         ignored = ignored | (labels >= num_classes)

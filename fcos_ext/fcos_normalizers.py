@@ -43,7 +43,8 @@ def fcos_normalizers(labels: Tensor, centerness: Tensor, num_classes: int) -> Te
 def fcos_normalizers_ref(labels: Tensor, centerness: Tensor, num_classes: int) -> Tensor:
     """Same contract as :func:`fcos_normalizers`, in plain PyTorch."""
     _check(labels, centerness, num_classes)
-    positive = (labels >= 0) & (labels < num_classes)
+    classes = labels.to(torch.int64)  # to be compared with any number of classes
+    positive = (classes >= 0) & (classes < num_classes)
     weights = torch.where(positive, centerness.double(), 0.0)
     return torch.stack([positive.sum(dtype=torch.float64), weights.sum()]).float()
 
