@@ -16,6 +16,7 @@ from .iou_loss import (
     NORMALIZER_FLOOR,
     IoUKind,
     check_options,
+    check_row_targets,
     check_rows,
     overlap,
     row_loss,
@@ -337,8 +338,8 @@ def _check_levels(
                 f"{_OP}: all levels must be on the same device, {pred[0].device}, got "
                 f"{level.device}"
             )
-    rows = pred[0].new_empty((), dtype=pred[0].dtype).expand(images, locations, 4)
-    check_rows(_OP, rows, target, labels, {"centerness_target": centerness_target})
+    per_row = {"centerness_target": centerness_target}
+    check_row_targets(_OP, (images, locations), pred[0].device, target, labels, per_row)
 
 
 # ---- the operators: shapes and gradients --------------------------------------------------------
@@ -381,6 +382,7 @@ def _save(
 ) -> None:
     """Keep target, labels, centerness_target, normalizers, and the levels of both branches."""
     ctx.options = options
+    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
     ctx.save_for_backward(*tensors, *levels)
 
 
@@ -391,15 +393,23 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return levels[:half], levels[half:], *tensors, *ctx.options
 
 
+def _incoming(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+    """Gradients of ``box`` and ``centerness``: 0 of one that nobody used."""
+    pred = ctx.saved_tensors[4]
+    return [pred.new_zeros((), dtype=sum_dtype(pred)) if g is None else g for g in grads]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, centerness, *others = inputs
     ctx.mark_non_differentiable(*output[2:])
     _save(ctx, tuple(others[:4]), (*pred, *centerness), others[4:])
 
 
-def _backward(ctx: Any, grad_box: Tensor, grad_centerness: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
     gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
-        grad_box, grad_centerness, *_saved(ctx)
+        *_incoming(ctx, grad_box, grad_centerness), *_saved(ctx)
     )
     return *gradients, *[None] * (4 + len(ctx.options))
 
@@ -438,18 +448,15 @@ class _FusedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_box: Tensor, grad_centerness: Tensor, *_: Tensor
+        ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
+        grads = _incoming(ctx, grad_box, grad_centerness)
         gradients, ctx.gradients = ctx.gradients, None
         # With create_graph=True the operator is called, so that its second derivative can raise.
         if gradients is None or torch.is_grad_enabled():
-            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
-                grad_box, grad_centerness, *_saved(ctx)
-            )
+            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *_saved(ctx))
         else:
-            torch.ops.fcos_ext.box_and_centerness_loss_rescale_(
-                *gradients, grad_box, grad_centerness, *_saved(ctx)
-            )
+            torch.ops.fcos_ext.box_and_centerness_loss_rescale_(*gradients, *grads, *_saved(ctx))
         by_pred, by_centerness = gradients
         return None, None, None, None, None, *by_pred, *by_centerness
 

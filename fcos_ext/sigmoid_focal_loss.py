@@ -160,6 +160,7 @@ def sigmoid_focal_loss_ref(
 
     ``fused_gradient`` has no effect.
     """
+    _check(logits, labels, alpha, gamma, quality, reduction, normalizer)
     return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
 
 
