@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: As many as the kernels take in one launch.
 MAX_LEVELS = 8
+#: As many classes as there are if nobody says.
+ANY_CLASS = 1 << 62
 
 
 def check_levels(

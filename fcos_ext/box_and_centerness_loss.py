@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._levels import check_levels, flatten, new_like
+from ._levels import ANY_CLASS, check_levels, flatten, new_like
 from ._library import kernels, register
 from .iou_loss import (
     KIND_NUMBERS,
@@ -28,8 +28,6 @@ Quality = Literal["centerness", "iou"]
 _OP = "box_and_centerness_loss"
 _DEVICES = kernels(_OP)
 _QUALITIES = get_args(Quality)
-_ANY_CLASS = (1 << 62) - 1
-"""As many classes as there are if nobody says."""
 
 
 class BoxAndCenternessLoss(NamedTuple):
@@ -155,7 +153,7 @@ def box_and_centerness_loss(
     if normalizers is not None:
         normalizers = normalizers.detach().to(sum_dtype(first))
     options = (
-        _ANY_CLASS if num_classes is None else num_classes,
+        ANY_CLASS if num_classes is None else num_classes,
         KIND_NUMBERS[kind],
         weighted,
         quality == "iou",

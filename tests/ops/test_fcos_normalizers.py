@@ -53,6 +53,7 @@ def test_by_hand(device: str) -> None:
     centerness = torch.tensor([[0.5, math.nan, 0.125, 9, math.inf, 7]], device=device)
     for function in (fcos_normalizers, fcos_normalizers_ref):
         assert function(labels, centerness, 5).tolist() == [2.0, 0.625]
+        assert function(labels[:, :4], centerness[:, :4]).tolist() == [3.0, 9.625]
         assert function(labels[:, 1:2], centerness[:, 1:2], 5).tolist() == [0.0, 0.0]
 
 
