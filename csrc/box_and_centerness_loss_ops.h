@@ -38,11 +38,10 @@ struct BoxCall {
   bool weighted, iou_quality;
   double smooth, eps;
 
-  bool sums = false;               // are to be computed
-  Tensor box, centerness, weight;  // 0-d, in the dtype of sums
-  Tensor num_pos, num_ignored;     // 0-d, int64
-  bool writes = false;             // gradients
-  Tensors gradients;               // all of them, for a kernel that clears them first
+  bool sums = false;                                // are to be computed
+  Tensor box, centerness, weight;                   // 0-d, in the dtype of sums
+  Tensor num_pos, num_ignored;                      // 0-d, int64
+  bool writes = false;                              // gradients
   std::optional<Tensor> grad_box, grad_centerness;  // of the sums; none: 1
   bool only_if_not_one = false;                     // what is right for 1 is there already
 
@@ -180,8 +179,6 @@ inline void set_gradients(const char* op, BoxCall& call, const Tensors& pred,
     STD_TORCH_CHECK(rows && values, op, ": gradients must have one stride between locations");
     level.by_pred = *rows;
     level.by_centerness = *values;
-    call.gradients.push_back(by_pred);
-    call.gradients.push_back(by_centerness);
   }
 }
 

@@ -24,10 +24,11 @@ constexpr int kLabelStep = 64;
 
 inline int64_t num_row_tiles(int64_t rows) { return (rows + kRowTile - 1) / kRowTile; }
 
-// Calls f(begin, end, tile) for every tile of rows, on all threads, each compiled for this CPU.
+// Calls f(begin, end, tile) for every tile of rows, on all threads, each compiled for this CPU. No
+// thread is woken for less than `grain` tiles.
 template <typename F>
-void for_each_row_tile(int64_t rows, const F& f) {
-  torch::stable::parallel_for(0, num_row_tiles(rows), 1, [&](int64_t first, int64_t last) {
+void for_each_row_tile(int64_t rows, const F& f, int64_t grain = 1) {
+  torch::stable::parallel_for(0, num_row_tiles(rows), grain, [&](int64_t first, int64_t last) {
     with_cpu_isa([&] {
       for (int64_t tile = first; tile < last; ++tile)
         f(tile * kRowTile, std::min(rows, (tile + 1) * kRowTile), tile);
