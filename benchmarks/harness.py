@@ -75,14 +75,18 @@ QUICK = Effort(rounds=3, sample_seconds=0.005)
 
 
 def relative_errors(actual: Results, truth: Results) -> list[float]:
-    """|actual - truth| / |truth| of each result, in float64; infinite if not finite."""
+    """|actual - truth| / |truth| of each result, in float64; infinite if not finite.
+
+    0 where both are 0 throughout.
+    """
     errors = []
     for ours, exact in zip(actual, truth, strict=True):
         if ours.shape != exact.shape or not ours.isfinite().all():
             errors.append(float("inf"))
             continue
-        difference = torch.linalg.vector_norm(ours.detach().double() - exact)
-        errors.append((difference / torch.linalg.vector_norm(exact)).item())
+        difference = torch.linalg.vector_norm(ours.detach().double() - exact).item()
+        size = torch.linalg.vector_norm(exact).item()
+        errors.append(difference / size if size > 0 else float("inf") if difference else 0.0)
     return errors
 
 

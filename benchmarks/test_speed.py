@@ -14,6 +14,7 @@ import torch
 
 from . import (
     bench_assign_targets,
+    bench_fcos_loss,
     bench_iou_loss,
     bench_nms,
     bench_padded_batched_nms,
@@ -24,6 +25,7 @@ from .harness import Case, verify
 
 BENCHMARKS = [
     bench_assign_targets,
+    bench_fcos_loss,
     bench_iou_loss,
     bench_nms,
     bench_padded_batched_nms,

@@ -27,14 +27,28 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def(
       "iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weights, Tensor? labels, "
       "Tensor? divisor, int kind, float smooth, float eps) -> Tensor");
+  // pred, centerness: levels [N, 4, H, W] and [N, 1, H, W]; target [N, L, 4]; labels, ... [N, L];
+  // normalizers [2]
   m.def(
-      "box_and_centerness_loss(Tensor pred, Tensor centerness, Tensor target, Tensor labels, "
-      "Tensor? centerness_target, int kind, bool weighted, float smooth, float eps) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "box_and_centerness_loss(Tensor[] pred, Tensor[] centerness, Tensor target, Tensor labels, "
+      "Tensor? centerness_target, Tensor? normalizers, int num_classes, int kind, bool weighted, "
+      "bool iou_quality, float smooth, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "box_and_centerness_loss_backward(Tensor grad_box, Tensor grad_centerness, Tensor pred, "
-      "Tensor centerness, Tensor target, Tensor labels, Tensor? centerness_target, int kind, "
-      "bool weighted, float smooth, float eps) -> (Tensor, Tensor)");
+      "box_and_centerness_loss_backward(Tensor grad_box, Tensor grad_centerness, Tensor[] pred, "
+      "Tensor[] centerness, Tensor target, Tensor labels, Tensor? centerness_target, "
+      "Tensor? normalizers, int num_classes, int kind, bool weighted, bool iou_quality, "
+      "float smooth, float eps) -> (Tensor[], Tensor[])");
+  m.def(
+      "box_and_centerness_loss_with_gradient(Tensor[] pred, Tensor[] centerness, Tensor target, "
+      "Tensor labels, Tensor? centerness_target, Tensor? normalizers, int num_classes, int kind, "
+      "bool weighted, bool iou_quality, float smooth, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "box_and_centerness_loss_rescale_(Tensor(a!)[] by_pred, Tensor(b!)[] by_centerness, "
+      "Tensor grad_box, Tensor grad_centerness, Tensor[] pred, Tensor[] centerness, "
+      "Tensor target, Tensor labels, Tensor? centerness_target, Tensor? normalizers, "
+      "int num_classes, int kind, bool weighted, bool iou_quality, float smooth, float eps) -> ()");
+  m.def("fcos_normalizers(Tensor labels, Tensor centerness, int num_classes) -> Tensor");
   m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
       "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "

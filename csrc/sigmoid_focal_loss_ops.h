@@ -6,13 +6,10 @@
 #include <vector>
 
 #include "checks.h"
+#include "levels.h"
 #include "sigmoid_focal_loss.h"
 
 namespace fcos_ext {
-
-using Tensors = std::vector<Tensor>;
-
-constexpr size_t kMaxFocalLevels = 8;
 
 // One level [N, C, H, W], dense: each image is C x positions (planes) or positions x C.
 struct FocalLevel {
@@ -40,36 +37,11 @@ struct FocalCall {
   const Tensor& logits() const { return levels[0].logits; }
 };
 
-// Whether t [N, C, H, W] lies in memory without gaps, with dimension 1 the second (planes) or the
-// last. Dimensions of size 1 do not count, so that a tensor can be both.
-inline bool is_dense(const Tensor& t, bool planes) {
-  if (t.numel() == 0) return true;
-  const int planes_order[] = {3, 2, 1, 0}, rows_order[] = {1, 3, 2, 0};
-  int64_t stride = 1;
-  for (int d : planes ? planes_order : rows_order) {
-    if (t.size(d) != 1 && t.stride(d) != stride) return false;
-    stride *= t.size(d);
-  }
-  return true;
-}
-
-inline void check_same_shape(const char* op, const char* name, const Tensors& some,
-                             const Tensors& logits) {
-  STD_TORCH_CHECK(some.size() == logits.size(), op, ": ", name, " must have ", logits.size(),
-                  " levels, got ", some.size());
-  for (size_t l = 0; l < logits.size(); ++l) {
-    check_same_device(op, "logits", logits[l], name, some[l]);
-    STD_TORCH_CHECK(some[l].sizes().equals(logits[l].sizes()) &&
-                        some[l].scalar_type() == logits[l].scalar_type(),
-                    op, ": ", name, " must have the shapes and the dtype of logits");
-  }
-}
-
 inline FocalCall make_call(const char* op, const Tensors& logits, const Tensor& labels,
                            const std::optional<Tensor>& quality,
                            const std::optional<Tensor>& normalizer, double alpha, double gamma) {
-  STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxFocalLevels, op,
-                  ": logits must have 1 to ", kMaxFocalLevels, " levels, got ", logits.size());
+  STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxFeatureLevels, op,
+                  ": logits must have 1 to ", kMaxFeatureLevels, " levels, got ", logits.size());
   check_floating(op, "logits", logits[0]);
   FocalCall call{};
   for (const Tensor& level : logits) {
@@ -174,7 +146,7 @@ struct FocalOps {
     constexpr const char* kOp = "sigmoid_focal_loss_rescale_";
     FocalCall call = make_call(kOp, logits, labels, quality, normalizer, alpha, gamma);
     check_scalar(kOp, "grad", grad, "logits", logits[0]);
-    check_same_shape(kOp, "gradients", gradients, logits);
+    check_same_levels(kOp, "gradients", gradients, "logits", logits);
     call.grad = grad;
     call.only_if_not_one = true;
     for (size_t l = 0; l < logits.size(); ++l) {
@@ -198,7 +170,7 @@ struct FocalOps {
                                const MaybeTensor& quality, double alpha, double gamma) {
     constexpr const char* kOp = "sigmoid_focal_loss_each_backward";
     FocalCall call = make_call(kOp, logits, labels, quality, std::nullopt, alpha, gamma);
-    check_same_shape(kOp, "grads", grads, logits);
+    check_same_levels(kOp, "grads", grads, "logits", logits);
     Tensors out = new_outputs(call);
     for (size_t l = 0; l < logits.size(); ++l) {
       FocalLevel& level = call.levels[l];

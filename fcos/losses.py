@@ -16,7 +16,6 @@ from torch import Tensor
 
 import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
-from fcos_ext.iou_loss import NORMALIZER_FLOOR
 
 from .config import LossConfig, ModelConfig
 from .data.batches import Batch
@@ -25,12 +24,20 @@ from .model import Predictions
 
 
 class Normalizers(NamedTuple):
-    """What the sums are divided by: sums over a step's passes and processes, 0-d float32."""
+    """What the losses are divided by: sums over a step's passes and processes."""
 
-    num_pos: Tensor
-    """Positive locations."""
-    centerness: Tensor
-    """Sum of their centerness targets."""
+    sums: Tensor
+    """float32 [2]: the two that follow."""
+
+    @property
+    def num_pos(self) -> Tensor:
+        """Positive locations, 0-d."""
+        return self.sums[0]
+
+    @property
+    def centerness(self) -> Tensor:
+        """Sum of their centerness targets, 0-d."""
+        return self.sums[1]
 
 
 def assign_batch(batch: Batch, config: ModelConfig) -> AssignedTargets:
@@ -54,15 +61,11 @@ def step_normalizers(targets: Sequence[AssignedTargets]) -> Normalizers:
 
     Every process calls this once a step, positives or not.
     """
-    sums = torch.stack(
-        [
-            torch.stack([t.num_pos.sum().float() for t in targets]).sum(),
-            torch.stack([t.centerness.sum() for t in targets]).sum(),
-        ]
-    )
+    each = [fcos_ext.fcos_normalizers(t.labels, t.centerness) for t in targets]
+    sums = each[0] if len(each) == 1 else torch.stack(each).sum(dim=0)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-    return Normalizers(sums[0], sums[1])
+    return Normalizers(sums)
 
 
 def fcos_losses(
@@ -86,28 +89,8 @@ def fcos_losses(
         float32 tensor, also if there are no positives at all. The third does not approach 0: the
         cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
     """
-    cls = fcos_ext.sigmoid_focal_loss(
-        predictions.logits,
-        targets.labels,
-        config.focal_alpha,
-        config.focal_gamma,
-        normalizer=normalizers.num_pos,
+    options = fcos_ext.FCOSLossOptions(
+        alpha=config.focal_alpha, gamma=config.focal_gamma, box_loss=config.box_loss
     )
-    sums = fcos_ext.box_and_centerness_loss(
-        _flatten(predictions.ltrb),
-        _flatten(predictions.centerness).squeeze(-1),
-        targets.ltrb,
-        targets.labels,
-        centerness_target=targets.centerness,
-        kind=config.box_loss,
-    )
-    return {
-        "cls": cls,
-        "box": sums.box / normalizers.centerness.clamp(min=NORMALIZER_FLOOR),
-        "centerness": sums.centerness / normalizers.num_pos.clamp(min=1),
-    }
-
-
-def _flatten(levels: Sequence[Tensor]) -> Tensor:
-    """Tensor[N, K, H_l, W_l] of each level to Tensor[N, L, K], in the order of the targets."""
-    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+    loss = fcos_ext.fcos_loss(predictions, targets, options, normalizers=normalizers.sums)
+    return {"cls": loss.cls, "box": loss.box, "centerness": loss.centerness}

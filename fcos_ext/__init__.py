@@ -10,6 +10,8 @@ from .box_and_centerness_loss import (
     box_and_centerness_loss,
     box_and_centerness_loss_ref,
 )
+from .fcos_loss import FCOSLoss, FCOSLossOptions, GroundTruth, fcos_loss, fcos_loss_ref
+from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
@@ -25,6 +27,9 @@ from .soft_nms import (
 __all__ = [
     "AssignedTargets",
     "BoxAndCenternessLoss",
+    "FCOSLoss",
+    "FCOSLossOptions",
+    "GroundTruth",
     "PaddedKeep",
     "PaddedSoftKeep",
     "assign_targets",
@@ -33,6 +38,10 @@ __all__ = [
     "batched_nms_ref",
     "box_and_centerness_loss",
     "box_and_centerness_loss_ref",
+    "fcos_loss",
+    "fcos_loss_ref",
+    "fcos_normalizers",
+    "fcos_normalizers_ref",
     "iou_loss",
     "iou_loss_ref",
     "nms",

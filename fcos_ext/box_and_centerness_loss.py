@@ -1,22 +1,37 @@
-"""The box loss and the centerness loss of FCOS, of the same rows in one pass."""
+"""The box loss and the centerness loss of FCOS, of the same locations in one pass."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._levels import ANY_CLASS, check_levels, flatten, new_like
 from ._library import kernels, register
-from .iou_loss import KIND_NUMBERS, IoUKind, check_options, check_rows, row_loss, sum_dtype
+from .iou_loss import (
+    KIND_NUMBERS,
+    NORMALIZER_FLOOR,
+    IoUKind,
+    check_options,
+    check_row_targets,
+    check_rows,
+    overlap,
+    row_loss,
+    sum_dtype,
+)
+
+Quality = Literal["centerness", "iou"]
 
 _OP = "box_and_centerness_loss"
 _DEVICES = kernels(_OP)
+_QUALITIES = get_args(Quality)
 
 
 class BoxAndCenternessLoss(NamedTuple):
-    """Sums over the positive rows, each a 0-d tensor; all are 0 if there are none."""
+    """Sums over the positive locations, each a 0-d tensor; all are 0 if there are none."""
 
     box: Tensor
     """Overlap losses, each times its weight. Differentiable in ``pred``."""
@@ -25,62 +40,101 @@ class BoxAndCenternessLoss(NamedTuple):
     weight: Tensor
     """Weights of ``box``: of centerness targets, or, unweighted, of ones."""
     num_pos: Tensor
-    """int64: how many rows are positive."""
+    """int64: how many locations are positive."""
+    num_ignored: Tensor
+    """int64: how many have a label below -1 or, with ``num_classes``, above the last class."""
 
 
 def box_and_centerness_loss(
-    pred: Tensor,
-    centerness: Tensor,
+    pred: Tensor | Sequence[Tensor],
+    centerness: Tensor | Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     *,
     centerness_target: Tensor | None = None,
     weighted: bool = True,
+    quality: Quality = "centerness",
     kind: IoUKind = "giou",
     smooth: float = 0.0,
     eps: float = 1e-7,
+    num_classes: int | None = None,
+    normalizers: Tensor | None = None,
+    fused_gradient: bool = False,
 ) -> BoxAndCenternessLoss:
     """What a positive location of FCOS learns besides its class, arXiv 1904.01355 section 3.2.
 
-    For each row with a label that is not negative::
+    For each location with a label that names a class::
 
         c = sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))       of the target; eq. 3
+        q = c, or, with quality="iou", IoU(pred, target), a constant  see there
         box         c * iou_loss(pred, target, kind)                  see fcos_ext.iou_loss
-        centerness  -c log(p) - (1 - c) log(1 - p)                    p = sigmoid(centerness)
+        centerness  -q log(p) - (1 - q) log(1 - p)                    p = sigmoid(centerness)
 
     FCOS divides the first sum by that of the weights and the second by the number of positives;
-    over several processes, by their averages. That is left to the caller, as no more than four
-    numbers take part in it. ``c`` is 0 where the location lies outside its box. All rows may be
-    given, as the network makes them: background costs a look at its label. ``pred`` may be a view
-    [N, L, 4] of [N, 4, L]; its gradient has its strides.
+    over several processes, by their averages. Either the caller does, as no more than four numbers
+    take part in it, or the kernel, which is then told the ``normalizers``. ``c`` is 0 where the
+    location lies outside its box. All locations are given, as the network makes them: background
+    costs a look at its label.
+
+    The outputs of a head are taken level by level as they are, in either memory layout: nothing is
+    permuted, joined or copied, all levels are one launch, and each gradient has the memory format
+    of its level. Or they are rows, [..., 4] and [...], of which ``pred`` may be a view [N, L, 4] of
+    [N, 4, L]; its gradient has its strides.
 
     The math is float32 (float64 if ``pred`` is float64); gradients are rounded once, to the dtypes
     of ``pred`` and ``centerness``, and are not differentiable themselves. Under autocast the
     arguments are taken in the dtypes they come in.
 
     Args:
-        pred (Tensor[..., 4]): predicted distances l, t, r, b; any floating dtype.
-        centerness (Tensor[...]): raw scores, before the sigmoid; any floating dtype.
-        target (Tensor[..., 4]): true l, t, r, b; any floating dtype.
-        labels (Tensor[...]): integers. Rows with a negative label contribute exactly 0 and get
-            exactly zero gradient, whatever NaN or inf they hold.
-        centerness_target (Tensor[...], optional): ``c``, or any other quality between 0 and 1 that
-            the scores are to learn; any floating dtype.
+        pred (Tensor[..., 4], or a sequence of 1 to 8 Tensor[N, 4, H_l, W_l]): predicted distances
+            l, t, r, b; any floating dtype.
+        centerness (Tensor[...], or as many Tensor[N, 1, H_l, W_l]): raw scores, before the
+            sigmoid; any floating dtype.
+        target (Tensor[..., 4] or Tensor[N, L, 4]): true l, t, r, b; any floating dtype. L counts
+            the locations of all levels, each row by row.
+        labels (Tensor[...] or Tensor[N, L]): integers. Locations whose label is negative, or not
+            below ``num_classes``, contribute exactly 0 and get exactly zero gradient, whatever NaN
+            or inf they hold.
+        centerness_target (Tensor, like labels, optional): ``c``, or any other weight and quality
+            between 0 and 1 that the scores are to learn; any floating dtype.
         weighted: weight the box losses by ``c``; else by 1.
+        quality: what the scores learn: "centerness", which is ``c``, or "iou", the overlap
+            I / (U + eps) of the predicted with the true box. It is a target only: no gradient flows
+            through it.
         kind: which overlap loss.
         smooth: see :func:`fcos_ext.iou_loss`.
         eps: see :func:`fcos_ext.iou_loss`.
+        num_classes: labels from here on take no part. None: there is no highest.
+        normalizers (Tensor[2], optional): a number of positives n and a sum of centerness targets
+            s, which the kernel divides by: ``centerness`` by max(n, 1), ``box`` by max(s, 1e-6) or,
+            unweighted, by max(n, 1). ``weight`` and ``num_pos`` are not divided.
+        fused_gradient: the forward pass computes the gradients as well. A backward pass whose
+            incoming gradients are both exactly 1 then has nothing left to do; with any others it
+            recomputes. See :func:`fcos_ext.sigmoid_focal_loss`.
 
     Returns:
-        BoxAndCenternessLoss: four 0-d tensors, in float32 (float64 if ``pred`` is float64) but for
-        the int64 ``num_pos``. Non-finite values in a positive row show up in them.
+        BoxAndCenternessLoss: 0-d tensors, in float32 (float64 if ``pred`` is float64) but for the
+        int64 counts. Non-finite values at a positive location show up in them.
 
     Raises:
         TypeError: a tensor has the wrong kind of dtype.
         ValueError: shapes or devices do not agree, or an option has an unknown value.
     """
-    _check(pred, centerness, target, labels, centerness_target, kind, smooth, eps)
-    if pred.device.type not in _DEVICES:
+    _check(
+        pred,
+        centerness,
+        target,
+        labels,
+        centerness_target,
+        quality,
+        kind,
+        smooth,
+        eps,
+        num_classes,
+        normalizers,
+    )
+    first = pred if isinstance(pred, Tensor) else pred[0]
+    if first.device.type not in _DEVICES:
         return box_and_centerness_loss_ref(
             pred,
             centerness,
@@ -88,62 +142,123 @@ def box_and_centerness_loss(
             labels,
             centerness_target=centerness_target,
             weighted=weighted,
+            quality=quality,
             kind=kind,
             smooth=smooth,
             eps=eps,
+            num_classes=num_classes,
+            normalizers=normalizers,
         )
-    if labels.dtype not in (torch.int64, torch.int32):
-        labels = labels.to(torch.int64)
+    levels, scores, others = as_levels(pred, centerness, target, labels, centerness_target)
+    if normalizers is not None:
+        normalizers = normalizers.detach().to(sum_dtype(first))
+    options = (
+        ANY_CLASS if num_classes is None else num_classes,
+        KIND_NUMBERS[kind],
+        weighted,
+        quality == "iou",
+        smooth,
+        eps,
+    )
+    if (
+        fused_gradient
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (*levels, *scores))
+        and not torch.compiler.is_compiling()
+    ):
+        return BoxAndCenternessLoss(
+            *_FusedGradient.apply(*others, normalizers, options, *levels, *scores)
+        )
     return BoxAndCenternessLoss(
-        *torch.ops.fcos_ext.box_and_centerness_loss(
-            pred,
-            centerness,
-            target,
-            labels,
-            centerness_target,
-            KIND_NUMBERS[kind],
-            weighted,
-            smooth,
-            eps,
-        )
+        *torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *others, normalizers, *options)
     )
 
 
 def box_and_centerness_loss_ref(
-    pred: Tensor,
-    centerness: Tensor,
+    pred: Tensor | Sequence[Tensor],
+    centerness: Tensor | Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     *,
     centerness_target: Tensor | None = None,
     weighted: bool = True,
+    quality: Quality = "centerness",
     kind: IoUKind = "giou",
     smooth: float = 0.0,
     eps: float = 1e-7,
+    num_classes: int | None = None,
+    normalizers: Tensor | None = None,
+    fused_gradient: bool = False,
 ) -> BoxAndCenternessLoss:
-    """Same contract as :func:`box_and_centerness_loss`, in plain PyTorch, differentiable twice."""
-    _check(pred, centerness, target, labels, centerness_target, kind, smooth, eps)
-    dtype = sum_dtype(pred)
-    positive = labels >= 0
+    """Same contract as :func:`box_and_centerness_loss`, in plain PyTorch, differentiable twice.
+
+    ``fused_gradient`` has no effect.
+    """
+    _check(
+        pred,
+        centerness,
+        target,
+        labels,
+        centerness_target,
+        quality,
+        kind,
+        smooth,
+        eps,
+        num_classes,
+        normalizers,
+    )
+    rows = pred if isinstance(pred, Tensor) else flatten(pred)
+    scores = centerness if isinstance(centerness, Tensor) else flatten(centerness).squeeze(-1)
+    dtype = sum_dtype(rows)
+    labels = labels.to(torch.int64)  # to be compared with any number of classes
+    ignored = labels < -1
+    if num_classes is not None:
+        ignored = ignored | (labels >= num_classes)
+    positive = (labels >= 0) & ~ignored
     # Masking the results alone would leave 0 * NaN in the gradients, so the inputs are masked too.
-    p = torch.where(positive[..., None], pred.to(dtype), 1.0)
+    p = torch.where(positive[..., None], rows.to(dtype), 1.0)
     t = torch.where(positive[..., None], target.detach().to(dtype), 1.0)
-    x = torch.where(positive, centerness.to(dtype), 0.0)
+    x = torch.where(positive, scores.to(dtype), 0.0)
     if centerness_target is None:
         c = _centerness(t)
     else:
         c = torch.where(positive, centerness_target.detach().to(dtype), 0.0)
     weight = c if weighted else torch.ones_like(c)
+    q = overlap(p.detach(), t, eps) if quality == "iou" else c
 
     def total(values: Tensor) -> Tensor:
         return torch.where(positive, values, 0.0).sum()
 
-    return BoxAndCenternessLoss(
-        total(row_loss(p, t, kind, smooth, eps) * weight),
-        total(F.binary_cross_entropy_with_logits(x, c, reduction="none")),
-        total(weight),
-        positive.sum(),
-    )
+    box = total(row_loss(p, t, kind, smooth, eps) * weight)
+    entropy = total(F.binary_cross_entropy_with_logits(x, q, reduction="none"))
+    if normalizers is not None:
+        count, weights = normalizers.detach().to(dtype).unbind()
+        entropy = entropy / count.clamp(min=1)
+        box = box / (weights.clamp(min=NORMALIZER_FLOOR) if weighted else count.clamp(min=1))
+    return BoxAndCenternessLoss(box, entropy, total(weight), positive.sum(), ignored.sum())
+
+
+def as_levels(
+    pred: Tensor | Sequence[Tensor],
+    centerness: Tensor | Sequence[Tensor],
+    target: Tensor,
+    labels: Tensor,
+    centerness_target: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """The tensors as the operators take them: rows are a level [N, 4, L, 1] of one column."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        labels = labels.to(torch.int64)
+    if not isinstance(pred, Tensor) or not isinstance(centerness, Tensor):
+        return list(pred), list(centerness), (target, labels, centerness_target)
+    if labels.dim() != 2:
+        images = 1 if labels.dim() < 2 else labels.shape[:-1].numel()
+        length = labels.numel() if labels.dim() < 2 else labels.shape[-1]
+        pred, target = (x.reshape(images, length, 4) for x in (pred, target))
+        centerness, labels = (x.reshape(images, length) for x in (centerness, labels))
+        if centerness_target is not None:
+            centerness_target = centerness_target.reshape(images, length)
+    levels, scores = [pred.transpose(1, 2).unsqueeze(-1)], [centerness[:, None, :, None]]
+    return levels, scores, (target, labels, centerness_target)
 
 
 def _centerness(ltrb: Tensor) -> Tensor:
@@ -159,66 +274,193 @@ def _centerness(ltrb: Tensor) -> Tensor:
 
 
 def _check(
-    pred: Tensor,
-    centerness: Tensor,
+    pred: Tensor | Sequence[Tensor],
+    centerness: Tensor | Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     centerness_target: Tensor | None,
+    quality: str,
     kind: str,
     smooth: float,
     eps: float,
+    num_classes: int | None,
+    normalizers: Tensor | None,
 ) -> None:
-    check_rows(
-        _OP,
-        pred,
-        target,
-        labels,
-        {"centerness": centerness, "centerness_target": centerness_target},
-    )
+    if isinstance(pred, Tensor) and isinstance(centerness, Tensor):
+        per_row = {"centerness": centerness, "centerness_target": centerness_target}
+        check_rows(_OP, pred, target, labels, per_row)
+        device = pred.device
+    elif isinstance(pred, Tensor) or isinstance(centerness, Tensor):
+        raise TypeError(
+            f"{_OP}: pred and centerness must both be tensors or both levels, got "
+            f"{type(pred).__name__} and {type(centerness).__name__}"
+        )
+    else:
+        _check_levels(pred, centerness, target, labels, centerness_target)
+        device = pred[0].device
     check_options(_OP, kind, smooth, eps)
+    if quality not in _QUALITIES:
+        raise ValueError(f"{_OP}: quality must be one of {_QUALITIES}, got {quality!r}")
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"{_OP}: num_classes must be >= 0, got {num_classes}")
+    if normalizers is None:
+        return
+    if not normalizers.is_floating_point():
+        raise TypeError(f"{_OP}: normalizers must be floating point, got {normalizers.dtype}")
+    if normalizers.shape != (2,):
+        raise ValueError(f"{_OP}: normalizers must have shape [2], got {list(normalizers.shape)}")
+    if normalizers.device != device:
+        raise ValueError(
+            f"{_OP}: normalizers must be on the device of pred, {device}, got {normalizers.device}"
+        )
 
 
-def _fake(
-    pred: Tensor,
-    centerness: Tensor,
+def _check_levels(
+    pred: Sequence[Tensor],
+    centerness: Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     centerness_target: Tensor | None,
-    kind: int,
-    weighted: bool,
-    smooth: float,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    sums = tuple(pred.new_empty((), dtype=sum_dtype(pred)) for _ in range(3))
-    return *sums, pred.new_empty((), dtype=torch.int64)
+) -> None:
+    images, locations = check_levels(_OP, "pred", pred, channels=4)
+    check_levels(_OP, "centerness", centerness, channels=1)
+    shapes = [[(x.shape[0], *x.shape[2:]) for x in levels] for levels in (pred, centerness)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{_OP}: pred and centerness must agree in N, H_l and W_l of every level, got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
+    for level in (*pred, *centerness):
+        if level.device != pred[0].device:
+            raise ValueError(
+                f"{_OP}: all levels must be on the same device, {pred[0].device}, got "
+                f"{level.device}"
+            )
+    per_row = {"centerness_target": centerness_target}
+    check_row_targets(_OP, (images, locations), pred[0].device, target, labels, per_row)
+
+
+# ---- the operators: shapes and gradients --------------------------------------------------------
+
+
+def _fake(pred: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+    sums = (pred[0].new_empty((), dtype=sum_dtype(pred[0])) for _ in range(3))
+    counts = (pred[0].new_empty((), dtype=torch.int64) for _ in range(2))
+    return *sums, *counts
+
+
+def _fake_gradients(
+    pred: Sequence[Tensor], centerness: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [new_like(level) for level in pred], [new_like(level) for level in centerness]
 
 
 def _fake_backward(
-    grad_box: Tensor, grad_centerness: Tensor, pred: Tensor, centerness: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(pred), torch.empty_like(centerness)
+    grad_box: Tensor,
+    grad_centerness: Tensor,
+    pred: Sequence[Tensor],
+    centerness: Sequence[Tensor],
+    *others: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _fake_gradients(pred, centerness)
+
+
+def _fake_with_gradient(
+    pred: Sequence[Tensor], centerness: Sequence[Tensor], *others: Any
+) -> tuple[Any, ...]:
+    return *_fake(pred), *_fake_gradients(pred, centerness)
+
+
+def _fake_rescale_(*arguments: Any) -> None:
+    return None
+
+
+def _save(
+    ctx: Any, tensors: tuple[Tensor | None, ...], levels: Sequence[Tensor], options: Any
+) -> None:
+    """Keep target, labels, centerness_target, normalizers, and the levels of both branches."""
+    ctx.options = options
+    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
+    ctx.save_for_backward(*tensors, *levels)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The arguments of the operators from ``pred`` on."""
+    tensors, levels = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    half = len(levels) // 2
+    return levels[:half], levels[half:], *tensors, *ctx.options
+
+
+def _incoming(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+    """Gradients of ``box`` and ``centerness``: 0 of one that nobody used."""
+    pred = ctx.saved_tensors[4]
+    return [pred.new_zeros((), dtype=sum_dtype(pred)) if g is None else g for g in grads]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.kind, ctx.weighted, ctx.smooth, ctx.eps = inputs
+    pred, centerness, *others = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors)
+    _save(ctx, tuple(others[:4]), (*pred, *centerness), others[4:])
 
 
 def _backward(
-    ctx: Any, grad_box: Tensor, grad_centerness: Tensor, *_: Tensor
-) -> tuple[Tensor | None, ...]:
-    by_pred, by_centerness = torch.ops.fcos_ext.box_and_centerness_loss_backward(
-        grad_box,
-        grad_centerness,
-        *ctx.saved_tensors,
-        ctx.kind,
-        ctx.weighted,
-        ctx.smooth,
-        ctx.eps,
+    ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
+        *_incoming(ctx, grad_box, grad_centerness), *_saved(ctx)
     )
-    return by_pred, by_centerness, None, None, None, None, None, None, None
+    return *gradients, *[None] * (4 + len(ctx.options))
+
+
+class _FusedGradient(torch.autograd.Function):
+    """The sums, whose gradients are made along with them.
+
+    The buffers of the gradients are handed over at the first backward pass, and from then on
+    belong to whoever received them; later passes make their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        target: Tensor,
+        labels: Tensor,
+        centerness_target: Tensor | None,
+        normalizers: Tensor | None,
+        options: tuple[Any, ...],
+        *levels: Tensor,
+    ) -> tuple[Tensor, ...]:
+        _save(ctx, (target, labels, centerness_target, normalizers), levels, options)
+        half = len(levels) // 2
+        *sums, by_pred, by_centerness = torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(
+            levels[:half],
+            levels[half:],
+            target,
+            labels,
+            centerness_target,
+            normalizers,
+            *options,
+        )
+        ctx.gradients = by_pred, by_centerness
+        ctx.mark_non_differentiable(*sums[2:])
+        return tuple(sums)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        grads = _incoming(ctx, grad_box, grad_centerness)
+        gradients, ctx.gradients = ctx.gradients, None
+        # With create_graph=True the operator is called, so that its second derivative can raise.
+        if gradients is None or torch.is_grad_enabled():
+            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *_saved(ctx))
+        else:
+            torch.ops.fcos_ext.box_and_centerness_loss_rescale_(*gradients, *grads, *_saved(ctx))
+        by_pred, by_centerness = gradients
+        return None, None, None, None, None, *by_pred, *by_centerness
 
 
 register(_OP, fake=_fake, setup_context=_setup_context, backward=_backward)
 register(f"{_OP}_backward", fake=_fake_backward)
+register(f"{_OP}_with_gradient", fake=_fake_with_gradient)
+if _DEVICES:  # it writes into its arguments, for which there is no gradient to register
+    torch.library.register_fake(f"fcos_ext::{_OP}_rescale_", _fake_rescale_)

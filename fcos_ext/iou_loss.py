@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -206,6 +207,15 @@ def row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float)
     return diou + alpha * v
 
 
+def overlap(pred: Tensor, target: Tensor, eps: float) -> Tensor:
+    """IoU of each row, [...], of ``pred`` and ``target`` [..., 4] in one dtype: I / (U + eps)."""
+    w_pred, h_pred = _sides(pred)
+    w_target, h_target = _sides(target)
+    w_common, h_common = _sides(torch.minimum(pred, target))
+    intersection = w_common * h_common
+    return intersection / (w_pred * h_pred + w_target * h_target - intersection + eps)
+
+
 def _sides(ltrb: Tensor) -> tuple[Tensor, Tensor]:
     """Width and height [...] of boxes [..., 4], at least 0."""
     l_, t_, r_, b_ = ltrb.unbind(-1)
@@ -229,13 +239,25 @@ def check_rows(
     """Raise unless boxes [..., 4], integer labels [...] and floating values [...] agree."""
     if pred.dim() == 0 or pred.shape[-1] != 4:
         raise ValueError(f"{op}: pred must have shape [..., 4], got {list(pred.shape)}")
-    if target.shape != pred.shape:
+    if not pred.is_floating_point():
+        raise TypeError(f"{op}: pred must be floating point, got {pred.dtype}")
+    check_row_targets(op, pred.shape[:-1], pred.device, target, labels, per_row)
+
+
+def check_row_targets(
+    op: str,
+    rows: Sequence[int],
+    device: torch.device,
+    target: Tensor,
+    labels: Tensor | None,
+    per_row: dict[str, Tensor | None],
+) -> None:
+    """Raise unless they are of rows of this shape, and on this device."""
+    if list(target.shape) != [*rows, 4]:
         raise ValueError(
-            f"{op}: target must have the shape of pred, {list(pred.shape)}, "
-            f"got {list(target.shape)}"
+            f"{op}: target must have the shape of pred, {[*rows, 4]}, got {list(target.shape)}"
         )
-    rows, device = pred.shape[:-1], pred.device
-    for name, tensor in (("pred", pred), ("target", target), *per_row.items()):
+    for name, tensor in (("target", target), *per_row.items()):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
     if labels is not None and (
@@ -243,7 +265,7 @@ def check_rows(
     ):
         raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
     for name, tensor in (("labels", labels), *per_row.items()):
-        if tensor is not None and tensor.shape != rows:
+        if tensor is not None and list(tensor.shape) != list(rows):
             raise ValueError(
                 f"{op}: {name} must have the shape of pred without its last dimension, "
                 f"{list(rows)}, got {list(tensor.shape)}"

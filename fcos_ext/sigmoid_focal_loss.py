@@ -8,11 +8,10 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
+from ._levels import check_levels, flatten, new_like
 from ._library import kernels, register
 
 _DEVICES = kernels("sigmoid_focal_loss")
-#: As many as the kernels take in one launch.
-MAX_LEVELS = 8
 
 Reduction = Literal["none", "mean", "sum"]
 F = TypeVar("F")
@@ -161,6 +160,7 @@ def sigmoid_focal_loss_ref(
 
     ``fused_gradient`` has no effect.
     """
+    _check(logits, labels, alpha, gamma, quality, reduction, normalizer)
     return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
 
 
@@ -176,8 +176,7 @@ def _reference(
     if isinstance(logits, Tensor):
         each = _each_ref(logits, labels, alpha, gamma, quality)
     else:  # [N, L, C], as the labels
-        rows = torch.cat([level.flatten(2).transpose(1, 2) for level in logits], dim=1)
-        each = _each_ref(rows, labels, alpha, gamma, quality)
+        each = _each_ref(flatten(logits), labels, alpha, gamma, quality)
     if reduction == "none" and isinstance(logits, Tensor):
         return each.to(logits.dtype)
     if reduction == "none":
@@ -243,7 +242,13 @@ def _check(
                 f"labels {tuple(labels.shape)} and logits {tuple(logits.shape)}"
             )
     else:
-        dtype = _check_levels(op, logits, labels)
+        expected = check_levels(op, "logits", logits)
+        dtype = logits[0].dtype
+        if tuple(labels.shape) != expected:
+            raise ValueError(
+                f"{op}: labels must be [N, L] = {expected}, a label for each location of all "
+                f"levels, got {tuple(labels.shape)}"
+            )
     if not dtype.is_floating_point:
         raise TypeError(f"{op}: logits must be floating point, got {dtype}")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -269,31 +274,6 @@ def _check(
         )
 
 
-def _check_levels(op: str, logits: Sequence[Tensor], labels: Tensor) -> torch.dtype:
-    if not 1 <= len(logits) <= MAX_LEVELS:
-        raise ValueError(f"{op}: logits must have 1 to {MAX_LEVELS} levels, got {len(logits)}")
-    shapes = [tuple(level.shape) for level in logits]
-    if any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):
-        raise ValueError(f"{op}: levels must be [N, C, H_l, W_l] of the same N and C, got {shapes}")
-    dtypes = [level.dtype for level in logits]
-    if any(dtype != dtypes[0] for dtype in dtypes):
-        raise TypeError(f"{op}: all levels must have the same dtype, got {dtypes}")
-    expected = (shapes[0][0], sum(shape[2] * shape[3] for shape in shapes))
-    if tuple(labels.shape) != expected:
-        raise ValueError(
-            f"{op}: labels must be [N, L] = {expected}, a label for each location of all levels, "
-            f"got {tuple(labels.shape)}"
-        )
-    return dtypes[0]
-
-
-def _new_like(x: Tensor) -> Tensor:
-    """As the kernels make a result: in the layout of ``x``, contiguous if that has gaps."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.preserve_format if dense else torch.contiguous_format
-    return torch.empty_like(x, memory_format=memory_format)
-
-
 # ---- the operators: shapes and gradients --------------------------------------------------------
 
 
@@ -302,7 +282,7 @@ def _fake(logits: Sequence[Tensor], *others: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor | Sequence[Tensor], logits: Sequence[Tensor], *others: Any) -> Any:
-    return [_new_like(level) for level in logits]
+    return [new_like(level) for level in logits]
 
 
 def _fake_with_gradient(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, list[Tensor]]:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_iou_loss, bench_nms, bench_sigmoid_focal_loss, shapes
+from benchmarks import (
+    bench_fcos_loss,
+    bench_iou_loss,
+    bench_nms,
+    bench_sigmoid_focal_loss,
+    shapes,
+)
 from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
 
 CPU = torch.device("cpu")
@@ -34,6 +40,7 @@ def make_case(**providers: Any) -> Case:
 @pytest.mark.parametrize(
     "module, num_rows",
     [
+        (bench_fcos_loss, 7),
         (bench_iou_loss, 8),
         (bench_sigmoid_focal_loss, 10),
     ],

@@ -38,7 +38,7 @@ FCOS_INLINE void for_each_block(const Inputs& inputs, int64_t begin, int64_t end
                                 const Body& body) {
   Columns<acc> columns;
   std::fill_n(columns.weights.values, kRowBlock, acc(1));
-  for_each_row_block(inputs.labels, begin, end, [&](const int64_t* rows, int n) {
+  for_each_row_block(inputs.labels, kAnyClass, begin, end, [&](const int64_t* rows, int n) {
     gather(inputs.pred.rows, rows, n, columns.pred);
     gather(inputs.target.rows, rows, n, columns.target);
     if (inputs.weights) gather(inputs.weights->rows, rows, n, columns.weights);

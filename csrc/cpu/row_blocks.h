@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "../integers.h"
 #include "../iou_loss.h"
@@ -23,10 +24,11 @@ constexpr int kLabelStep = 64;
 
 inline int64_t num_row_tiles(int64_t rows) { return (rows + kRowTile - 1) / kRowTile; }
 
-// Calls f(begin, end, tile) for every tile of rows, on all threads, each compiled for this CPU.
+// Calls f(begin, end, tile) for every tile of rows, on all threads, each compiled for this CPU. No
+// thread is woken for less than `grain` tiles.
 template <typename F>
-void for_each_row_tile(int64_t rows, const F& f) {
-  torch::stable::parallel_for(0, num_row_tiles(rows), 1, [&](int64_t first, int64_t last) {
+void for_each_row_tile(int64_t rows, const F& f, int64_t grain = 1) {
+  torch::stable::parallel_for(0, num_row_tiles(rows), grain, [&](int64_t first, int64_t last) {
     with_cpu_isa([&] {
       for (int64_t tile = first; tile < last; ++tile)
         f(tile * kRowTile, std::min(rows, (tile + 1) * kRowTile), tile);
@@ -34,11 +36,14 @@ void for_each_row_tile(int64_t rows, const F& f) {
   });
 }
 
-// Calls body(rows, n) with the numbers of the rows of [begin, end) whose label is not negative, at
-// most kRowBlock at a time. Without labels those are all.
+// Labels from here on take no part. This one lets all take part.
+constexpr int64_t kAnyClass = std::numeric_limits<int64_t>::max();
+
+// Calls body(rows, n) with the numbers of the rows of [begin, end) whose label lies in
+// [0, num_classes), at most kRowBlock at a time. Without labels those are all.
 template <typename label_t, typename Body>
-FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t begin, int64_t end,
-                                    const Body& body) {
+FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t num_classes, int64_t begin,
+                                    int64_t end, const Body& body) {
   int64_t rows[kRowBlock + kLabelStep];
   int count = 0;
   for (int64_t i = begin; i < end; i += kLabelStep) {
@@ -49,7 +54,7 @@ FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t begin, int64_
       if (all < 0) continue;
       for (int k = 0; k < n; ++k) {
         rows[count] = i + k;
-        count += labels[i + k] >= 0;
+        count += uint64_t(int64_t(labels[i + k])) < uint64_t(num_classes);
       }
     } else {
       for (int k = 0; k < n; ++k) rows[count++] = i + k;
@@ -63,12 +68,12 @@ FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t begin, int64_
 }
 
 template <typename Body>
-FCOS_INLINE void for_each_row_block(const Integers& labels, int64_t begin, int64_t end,
-                                    const Body& body) {
+FCOS_INLINE void for_each_row_block(const Integers& labels, int64_t num_classes, int64_t begin,
+                                    int64_t end, const Body& body) {
   if (labels.is_int64)
-    for_each_row_block(static_cast<const int64_t*>(labels.data), begin, end, body);
+    for_each_row_block(static_cast<const int64_t*>(labels.data), num_classes, begin, end, body);
   else
-    for_each_row_block(static_cast<const int32_t*>(labels.data), begin, end, body);
+    for_each_row_block(static_cast<const int32_t*>(labels.data), num_classes, begin, end, body);
 }
 
 template <typename acc>
@@ -105,8 +110,8 @@ FCOS_INLINE void with_dtype(ScalarType dtype, const F& f) {
   }
 }
 
-template <typename acc>
-FCOS_INLINE void gather(const ConstRows& from, const int64_t* rows, int n, LtrbColumns<acc>& to) {
+template <typename acc, typename From>
+FCOS_INLINE void gather(const From& from, const int64_t* rows, int n, LtrbColumns<acc>& to) {
   with_dtype(from.dtype, [&](auto zero) {
     const auto* data = static_cast<const decltype(zero)*>(from.data);
     for (int i = 0; i < n; ++i) {
@@ -119,17 +124,16 @@ FCOS_INLINE void gather(const ConstRows& from, const int64_t* rows, int n, LtrbC
   });
 }
 
-template <typename acc>
-FCOS_INLINE void gather(const ConstRows& from, const int64_t* rows, int n, Column<acc>& to) {
+template <typename acc, typename From>
+FCOS_INLINE void gather(const From& from, const int64_t* rows, int n, Column<acc>& to) {
   with_dtype(from.dtype, [&](auto zero) {
     const auto* data = static_cast<const decltype(zero)*>(from.data);
     for (int i = 0; i < n; ++i) to[i] = static_cast<acc>(data[from.offset(rows[i])]);
   });
 }
 
-template <typename acc>
-FCOS_INLINE void scatter(const LtrbColumns<acc>& from, const int64_t* rows, int n,
-                         const MutableRows& to) {
+template <typename acc, typename To>
+FCOS_INLINE void scatter(const LtrbColumns<acc>& from, const int64_t* rows, int n, const To& to) {
   with_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     auto* data = static_cast<scalar_t*>(to.data);
@@ -143,9 +147,8 @@ FCOS_INLINE void scatter(const LtrbColumns<acc>& from, const int64_t* rows, int 
   });
 }
 
-template <typename acc>
-FCOS_INLINE void scatter(const Column<acc>& from, const int64_t* rows, int n,
-                         const MutableRows& to) {
+template <typename acc, typename To>
+FCOS_INLINE void scatter(const Column<acc>& from, const int64_t* rows, int n, const To& to) {
   with_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     auto* data = static_cast<scalar_t*>(to.data);

@@ -1,5 +1,6 @@
-// Loads and stores of rows of strided tensors, of a dtype that is known at run time: it is the same
-// for all threads, and few rows are read, so that a branch costs less than a kernel for each.
+// Loads and stores of rows of strided tensors (Rows, LevelRows), of a dtype that is known at run
+// time: it is the same for all threads, and few rows are read, so that a branch costs less than a
+// kernel for each.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -79,8 +80,8 @@ __device__ __forceinline__ void store_quad(T* p, const Quad<T>& quad) {
   for (int k = 0; k < Quad<T>::kWords; ++k) __stcs(reinterpret_cast<Word*>(p) + k, words[k]);
 }
 
-template <typename acc>
-__device__ __forceinline__ Ltrb<acc> load_ltrb(const ConstRows& from, int64_t row) {
+template <typename acc, typename From, typename Where>
+__device__ __forceinline__ Ltrb<acc> load_ltrb(const From& from, Where row) {
   Ltrb<acc> result;
   with_dtype(from.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -98,9 +99,8 @@ __device__ __forceinline__ Ltrb<acc> load_ltrb(const ConstRows& from, int64_t ro
   return result;
 }
 
-template <typename acc>
-__device__ __forceinline__ void store_ltrb(const MutableRows& to, int64_t row,
-                                           const Ltrb<acc>& values) {
+template <typename acc, typename To, typename Where>
+__device__ __forceinline__ void store_ltrb(const To& to, Where row, const Ltrb<acc>& values) {
   with_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     auto* p = static_cast<scalar_t*>(to.data) + to.offset(row);
@@ -112,8 +112,8 @@ __device__ __forceinline__ void store_ltrb(const MutableRows& to, int64_t row,
   });
 }
 
-template <typename acc>
-__device__ __forceinline__ acc load_value(const ConstRows& from, int64_t row) {
+template <typename acc, typename From, typename Where>
+__device__ __forceinline__ acc load_value(const From& from, Where row) {
   acc result;
   with_dtype(from.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -122,8 +122,8 @@ __device__ __forceinline__ acc load_value(const ConstRows& from, int64_t row) {
   return result;
 }
 
-template <typename acc>
-__device__ __forceinline__ void store_value(const MutableRows& to, int64_t row, acc value) {
+template <typename acc, typename To, typename Where>
+__device__ __forceinline__ void store_value(const To& to, Where row, acc value) {
   with_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     static_cast<scalar_t*>(to.data)[to.offset(row)] = static_cast<scalar_t>(value);

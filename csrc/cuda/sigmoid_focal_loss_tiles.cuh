@@ -42,7 +42,7 @@ struct DeviceLevel {
 template <typename scalar_t>
 struct Args {
   using acc = acc_t<scalar_t>;
-  DeviceLevel<scalar_t> levels[kMaxFocalLevels];
+  DeviceLevel<scalar_t> levels[kMaxFeatureLevels];
   int num_levels;
   unsigned tiles;
   int64_t labels_per_image;

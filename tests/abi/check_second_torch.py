@@ -176,6 +176,91 @@ def check_box_and_centerness_loss() -> None:
                 compare(one, true_one)
 
 
+def make_levels(*dtypes: torch.dtype) -> list[list[Tensor]]:
+    """Logits of 5 classes, distances and centerness of two images, on levels of both layouts."""
+    sizes = [(8, 12), (4, 6)]
+    parts: list[list[Tensor]] = []
+    for channels, dtype in zip((5, 4, 1), dtypes, strict=True):
+        levels = [torch.randn(2, channels, *size) for size in sizes]
+        if channels == 4:
+            levels = [level.abs() + 0.1 for level in levels]
+        levels[1] = levels[1].contiguous(memory_format=torch.channels_last)
+        parts.append([level.to(dtype).requires_grad_() for level in levels])
+    return parts
+
+
+def compare_gradients(terms: Any, exact: Any, leaves: list[Tensor], true_leaves: Any) -> None:
+    for share in (1.0, 2.0):
+        gradients, truth = (
+            torch.autograd.grad(
+                x, y, [torch.full_like(term, share) for term in x], retain_graph=True
+            )
+            for x, y in ((terms, leaves), (exact, true_leaves))
+        )
+        for one, true_one in zip(gradients, truth, strict=True):
+            compare(one, true_one)
+
+
+def check_box_loss_of_levels() -> None:
+    """Every number in turn."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"num_classes": 4},
+        {"kind": "iou"},
+        {"weighted": False},
+        {"quality": "iou"},
+        {"smooth": 1.0},
+        {"eps": 0.5},
+        {"normalizers": torch.tensor([3.0, 0.5])},
+    ]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        _, *parts = make_levels(dtype, dtype, dtype)
+        exact = [[x.detach().double().requires_grad_() for x in part] for part in parts]
+        target, labels = torch.rand(2, 120, 4) * 4 + 0.1, torch.randint(-2, 9, (2, 120))
+        before = None
+        for options in changes:
+            for fused in (False, True):
+                sums, truth = (
+                    function(*x, target, labels, fused_gradient=fused, **options)
+                    for function, x in (
+                        (fcos_ext.box_and_centerness_loss, parts),
+                        (fcos_ext.box_and_centerness_loss_ref, exact),
+                    )
+                )
+                assert torch.equal(torch.stack(sums[3:]), torch.stack(truth[3:]))
+                for one, true_one in zip(sums[:3], truth[:3], strict=True):
+                    compare(one, true_one)
+                leaves, true_leaves = ([*x[0], *x[1]] for x in (parts, exact))
+                compare_gradients(sums[:2], truth[:2], leaves, true_leaves)
+            values = torch.stack(sums[:2]).detach()
+            before = values if before is None else before
+            assert not options or not torch.equal(values, before), options
+
+
+def check_fcos_loss() -> None:
+    corner = torch.rand(9, 2) * 40
+    boxes = torch.cat([corner, corner + torch.rand(9, 2) * 50 + 10], dim=1)
+    truth = fcos_ext.GroundTruth(boxes, torch.randint(5, (9,)), torch.tensor([0, 4, 9]))
+    options = fcos_ext.FCOSLossOptions(
+        strides=(8, 16), size_ranges=((0, 32), (32, float("inf"))), quality="iou"
+    )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        parts = make_levels(dtype, dtype, dtype)
+        exact = [[x.detach().double().requires_grad_() for x in part] for part in parts]
+        leaves, true_leaves = ([x for part in y for x in part] for y in (parts, exact))
+        ours = fcos_ext.fcos_loss(tuple(parts), truth, options)
+        best = fcos_ext.fcos_loss_ref(tuple(exact), truth, options)
+        assert ours.num_pos.item() == best.num_pos.item() > 0
+        for one, true_one in zip(ours[:3], best[:3], strict=True):
+            compare(one, true_one)
+        compare_gradients(ours[:3], best[:3], leaves, true_leaves)
+    labels, values = torch.randint(-2, 5, (2, 500)), torch.rand(2, 500)
+    for classes in (None, 3, 4):
+        sums = fcos_ext.fcos_normalizers(labels, values, classes)
+        exact_sums = fcos_ext.fcos_normalizers_ref(labels, values, classes)
+        compare(sums, exact_sums.double())
+
+
 def compare(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     rtol = 1e-12 if actual.dtype == torch.float64 else max(eps, 1e-5)
@@ -185,6 +270,8 @@ def compare(actual: Tensor, exact: Tensor) -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "assign_targets": check_assign_targets,
     "box_and_centerness_loss": check_box_and_centerness_loss,
+    "box_and_centerness_loss of levels": check_box_loss_of_levels,
+    "fcos_loss": check_fcos_loss,
     "iou_loss": check_iou_loss,
     "nms": check_nms,
     "padded_batched_nms": check_padded_batched_nms,

@@ -1,7 +1,8 @@
 """box_and_centerness_loss: the CPU and CUDA kernels, and the CUDA source in the simulator.
 
 Kernels are called through ``torch.ops``, never through the public function, so that a fallback
-cannot pass for a kernel.
+cannot pass for a kernel. Rows are a level of one column; levels as a head makes them are in
+test_box_and_centerness_loss_levels.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.library import opcheck
 
 from fcos_ext import box_and_centerness_loss, box_and_centerness_loss_ref, iou_loss_ref
 from fcos_ext._library import kernels
+from fcos_ext.box_and_centerness_loss import as_levels
 from fcos_ext.iou_loss import KIND_NUMBERS
 from tests.ops.ltrb import as_views, make_rows
 from tests.simt.build import SimtLibrary, load_simt_library
@@ -44,7 +46,20 @@ def call(
     smooth: float = 0.0,
     eps: float = 1e-7,
 ) -> Results:
-    return OP(*inputs, KIND_NUMBERS[kind], weighted, smooth, eps)
+    return OP(*arguments(inputs, kind, weighted, smooth, eps))
+
+
+def arguments(
+    inputs: Sequence[Any],
+    kind: str = "giou",
+    weighted: bool = True,
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+) -> tuple[Any, ...]:
+    """Of the operator: no normalizers, any class, the centerness as quality."""
+    pred, centerness, others = as_levels(*inputs)
+    number = KIND_NUMBERS[kind]
+    return pred, centerness, *others, None, 1 << 62, number, weighted, False, smooth, eps
 
 
 def call_ref(inputs: Sequence[Any], **options: Any) -> Results:
@@ -52,14 +67,14 @@ def call_ref(inputs: Sequence[Any], **options: Any) -> Results:
 
 
 def values_and_gradients(results: Results, inputs: Sequence[Any]) -> list[Tensor]:
-    """The four sums, and the gradients of two of them, in different shares."""
+    """The sums and counts, and the gradients of two of them, in different shares."""
     total = 1.5 * results[0] - 0.25 * results[1]
     return [*(x.detach() for x in results), *torch.autograd.grad(total, inputs[:2])]
 
 
 def test_compiled(device: str) -> None:
-    assert device in kernels("box_and_centerness_loss")
-    assert device in kernels("box_and_centerness_loss_backward")
+    for suffix in ("", "_backward", "_with_gradient", "_rescale_"):
+        assert device in kernels(f"box_and_centerness_loss{suffix}")
 
 
 @pytest.mark.parametrize("function", [box_and_centerness_loss, box_and_centerness_loss_ref])
@@ -142,10 +157,10 @@ def test_opcheck(device: str, given: bool, strided: bool) -> None:
     inputs = make_inputs(2, 5, given=given, dtype=torch.float32, device=device)
     if strided:
         inputs = [None if x is None else as_views(x)[0] for x in inputs]
-    options = (2, True, 0.0, 1e-7)
-    opcheck(OP, (*inputs, *options))
+    opcheck(OP, arguments(inputs, "giou"))
     grads = [torch.tensor(x, device=device) for x in (0.5, 2.0)]
-    opcheck(OP_BACKWARD, (*grads, *(x if x is None else x.detach() for x in inputs), *options))
+    detached = [x if x is None else x.detach() for x in inputs]
+    opcheck(OP_BACKWARD, (*grads, *arguments(detached)))
 
 
 def test_strides_do_not_matter(device: str) -> None:
@@ -153,7 +168,7 @@ def test_strides_do_not_matter(device: str) -> None:
     views = as_views(*inputs)
     expected, actual = (values_and_gradients(call(x), x) for x in (inputs, views))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert [x.stride() for x in actual[4:5]] == [views[0].stride()]
+    assert [x.stride() for x in actual[5:6]] == [views[0].stride()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,7 +186,7 @@ def test_background_counts_for_nothing(device: str, garbage: float, dtype: torch
             for x in ([*inputs[:case], *[None] * (5 - case)], [*dirty[:case], *[None] * (5 - case)])
         )
         assert all(torch.equal(a, b) for a, b in zip(results, clean, strict=True))
-        assert all(gradient[masked].eq(0).all() for gradient in results[4:])
+        assert all(gradient[masked].eq(0).all() for gradient in results[5:])
 
 
 def test_nan_of_a_positive_is_not_hidden(device: str) -> None:
@@ -182,7 +197,7 @@ def test_nan_of_a_positive_is_not_hidden(device: str) -> None:
             inputs[number].view(500, -1)[123, 0] = math.nan
         if number == 2:
             inputs[4] = None
-        box, centerness, weight, num_pos = call(inputs)
+        box, centerness, weight, num_pos, _ = call(inputs)
         assert box.isnan() == (number != 1)
         assert centerness.isnan() == (number != 0)
         assert weight.isnan() == (number in (2, 4))
@@ -289,12 +304,14 @@ def test_simt(simt: SimtLibrary, dtype: torch.dtype, kind: str, seed: int) -> No
         simt.set_seed(seed)
         before = simt.launches
         with simt.guarded_memory():
-            options = (KIND_NUMBERS[kind], weighted, 0.0, 1e-7)
-            sums = ops.box_and_centerness_loss(*plain, *options)
+            options = arguments(plain, kind, weighted)
+            sums = ops.box_and_centerness_loss(*options)
             grads = [torch.tensor(x).to(sums[0]) for x in (1.5, -0.25)]
-            gradients = ops.box_and_centerness_loss_backward(*grads, *plain, *options)
+            (by_pred,), (by_centerness,) = ops.box_and_centerness_loss_backward(*grads, *options)
         assert simt.launches - before == (2 if plain[0].numel() else 0)
+        gradients = by_pred.squeeze(-1).transpose(1, 2), by_centerness[:, 0, :, 0]
         for ours, theirs in zip((*sums, *gradients), expected, strict=True):
+            ours = ours.reshape(theirs.shape)
             assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
             rtol = 1e-5 if dtype != torch.float64 else 1e-12
             if ours.dtype in (torch.float16, torch.bfloat16):

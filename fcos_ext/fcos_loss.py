@@ -1,0 +1,318 @@
+"""The whole training loss of FCOS, from the outputs of the head and the ground truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from ._levels import check_levels
+from .assign_targets import AssignedTargets, Boundary, assign_targets, assign_targets_ref
+from .box_and_centerness_loss import (
+    Quality,
+    box_and_centerness_loss,
+    box_and_centerness_loss_ref,
+)
+from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
+from .iou_loss import IoUKind
+from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
+
+_OP = "fcos_loss"
+
+BoxWeights = Literal["centerness", "none"]
+_BOX_WEIGHTS = get_args(BoxWeights)
+Reduce = Callable[[Tensor], Tensor]
+Levels = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class FCOSLossOptions:
+    """What :func:`fcos_loss` computes. The defaults are those of FCOS with its improvements."""
+
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Of each level, in pixels."""
+    size_ranges: tuple[tuple[float, float], ...] = (
+        (0, 64),
+        (64, 128),
+        (128, 256),
+        (256, 512),
+        (512, math.inf),
+    )
+    """Of each level, what max(l, t, r, b) must lie in, in pixels."""
+    center_sampling_radius: float = 1.5
+    """Positives lie within radius * stride of the centre; 0: anywhere in the box."""
+    boundary: Boundary = "inclusive"
+    """Which ends belong to a size range; see :func:`fcos_ext.assign_targets`."""
+    normalize_ltrb: bool = True
+    """The distances are predicted in strides, not in pixels."""
+    alpha: float = 0.25
+    """Weight of a positive in the focal loss; -1: no weights."""
+    gamma: float = 2.0
+    """Focusing exponent of the focal loss."""
+    box_loss: IoUKind = "giou"
+    """See :func:`fcos_ext.iou_loss`."""
+    box_weights: BoxWeights = "centerness"
+    """Weight of a positive's box loss: its centerness target, or "none"."""
+    quality: Quality = "centerness"
+    """What the centerness branch learns: the centerness, or "iou", the overlap of the predicted
+    box with the true one, through which no gradient flows."""
+
+
+class GroundTruth(NamedTuple):
+    """The boxes of a batch, as :func:`fcos_ext.assign_targets` takes them."""
+
+    boxes: Tensor
+    """Tensor[K, 4], packed, or Tensor[N, M, 4], padded: x0, y0, x1, y1 in pixels."""
+    labels: Tensor
+    """Tensor[K] or Tensor[N, M]: class of each box, int64 or int32."""
+    offsets: Tensor | None = None
+    """Tensor[N + 1], of packed boxes: image i owns the boxes offsets[i] up to offsets[i + 1]."""
+    counts: Tensor | None = None
+    """Tensor[N], of padded boxes: image i owns the first counts[i] of its M boxes."""
+
+
+class FCOSLoss(NamedTuple):
+    """The terms, each a 0-d tensor to be added up."""
+
+    cls: Tensor
+    """Focal loss of all logits over the number of positives. Differentiable in the logits."""
+    box: Tensor
+    """Overlap losses of the positives, times their weights, over the sum of the weights.
+    Differentiable in the distances."""
+    centerness: Tensor
+    """Cross-entropies of the positives over their number. Differentiable in the centerness."""
+    num_pos: Tensor
+    """int64: positive locations of these predictions, before ``reduce``."""
+    num_ignored: Tensor
+    """int64: locations whose label names no class of the head. Anything but 0 means that the labels
+    of the ground truth and the head do not fit."""
+
+
+def fcos_loss(
+    predictions: tuple[Levels, Levels, Levels],
+    ground_truth: GroundTruth | AssignedTargets,
+    options: FCOSLossOptions,
+    *,
+    reduce: Reduce | None = None,
+    normalizers: Tensor | None = None,
+) -> FCOSLoss:
+    """Classification, box and centerness loss of FCOS, arXiv 1904.01355 section 3, as one call.
+
+    With C classes, n the number of positives and s the sum of their centerness targets::
+
+        cls         sum of sigmoid_focal_loss(logits, labels)                / max(n, 1)
+        box         sum of centerness target * iou_loss(ltrb, target)        / max(s, 1e-6)
+        centerness  sum of BCE(centerness, centerness target)                / max(n, 1)
+
+    without weights, ``box`` is the sum of the overlap losses over max(n, 1).
+
+    The levels are taken as they are, contiguous or channels_last, which may change from level to
+    level; nothing is permuted, joined or copied, and each gradient has the memory format of its
+    level. The forward pass makes the gradients along with the losses, where one is asked for and
+    it is not traced by ``torch.compile``: a backward pass whose incoming gradient is exactly 1 then
+    has nothing left to do, any other recomputes. On CUDA that is six launches in all: the targets,
+    the two sums, two losses with their gradients, and in the backward pass two that look at the
+    incoming gradient. The host waits for nothing, and with padded boxes a CUDA graph can hold it
+    all. Of memory, the gradients and some 30 bytes a location are needed.
+
+    A location whose label is not below C, or below -1, takes no part and gets zero gradient.
+    Results are the same to the bit in every run, on any number of threads.
+
+    Args:
+        predictions: (logits, ltrb, centerness), of each a sequence over 1 to 8 levels:
+            Tensor[N, C, H_l, W_l] raw class scores, Tensor[N, 4, H_l, W_l] distances to the sides
+            of the box, in strides or pixels, and Tensor[N, 1, H_l, W_l] raw scores. Each of the
+            three has a floating dtype of its own; the math is float32 (float64 for float64).
+        ground_truth: boxes and labels, packed or padded; or targets that :func:`assign_targets`
+            has made from them, of whose options those given here then have no effect.
+        options: what is computed.
+        reduce: called once, between the assignment and the losses, with float32 Tensor[2] (n, s)
+            on the device. It returns what to divide by instead, such as the average over
+            processes. It may change its argument.
+        normalizers (Tensor[2], optional): n and s, if they are known already. Excludes ``reduce``.
+
+    Returns:
+        FCOSLoss: 0-d tensors, float32 (float64 for float64 predictions), and int64 counts. Nothing
+        is differentiable twice. Non-finite predictions show up in them.
+
+    Raises:
+        TypeError: a tensor has the wrong kind of dtype, or ``reduce`` returns no tensor.
+        ValueError: shapes, devices or numbers of levels do not agree, or an option is out of its
+            range; and what :func:`assign_targets` raises.
+    """
+    _check(predictions, options, reduce, normalizers)
+    logits, ltrb, centerness = predictions
+    num_classes = logits[0].shape[1]
+    targets = _targets(predictions, ground_truth, options, assign_targets)
+    labels, true_ltrb, true_centerness = targets.labels, targets.ltrb, targets.centerness
+    del targets, ground_truth  # what else they hold is not needed any more
+    if normalizers is None:
+        normalizers = fcos_normalizers(labels, true_centerness, num_classes)
+        if reduce is not None:
+            normalizers = _reduced(reduce, normalizers)
+    cls = sigmoid_focal_loss(
+        logits,
+        labels,
+        options.alpha,
+        options.gamma,
+        normalizer=normalizers[0],
+        fused_gradient=True,
+    )
+    sums = box_and_centerness_loss(
+        ltrb,
+        centerness,
+        true_ltrb,
+        labels,
+        centerness_target=true_centerness,
+        weighted=options.box_weights == "centerness",
+        quality=options.quality,
+        kind=options.box_loss,
+        num_classes=num_classes,
+        normalizers=normalizers,
+        fused_gradient=True,
+    )
+    return FCOSLoss(cls, sums.box, sums.centerness, sums.num_pos, sums.num_ignored)
+
+
+def fcos_loss_ref(
+    predictions: tuple[Levels, Levels, Levels],
+    ground_truth: GroundTruth | AssignedTargets,
+    options: FCOSLossOptions,
+    *,
+    reduce: Reduce | None = None,
+    normalizers: Tensor | None = None,
+) -> FCOSLoss:
+    """Same contract as :func:`fcos_loss`, in plain PyTorch, differentiable twice."""
+    _check(predictions, options, reduce, normalizers)
+    logits, ltrb, centerness = predictions
+    num_classes = logits[0].shape[1]
+    targets = _targets(predictions, ground_truth, options, assign_targets_ref)
+    if normalizers is None:
+        normalizers = fcos_normalizers_ref(targets.labels, targets.centerness, num_classes)
+        if reduce is not None:
+            normalizers = _reduced(reduce, normalizers)
+    cls = sigmoid_focal_loss_ref(
+        logits, targets.labels, options.alpha, options.gamma, normalizer=normalizers[0]
+    )
+    sums = box_and_centerness_loss_ref(
+        ltrb,
+        centerness,
+        targets.ltrb,
+        targets.labels,
+        centerness_target=targets.centerness,
+        weighted=options.box_weights == "centerness",
+        quality=options.quality,
+        kind=options.box_loss,
+        num_classes=num_classes,
+        normalizers=normalizers,
+    )
+    return FCOSLoss(cls, sums.box, sums.centerness, sums.num_pos, sums.num_ignored)
+
+
+def _targets(
+    predictions: tuple[Levels, Levels, Levels],
+    ground_truth: GroundTruth | AssignedTargets,
+    options: FCOSLossOptions,
+    assign: Callable[..., AssignedTargets],
+) -> AssignedTargets:
+    logits = predictions[0]
+    if isinstance(ground_truth, AssignedTargets):
+        targets = ground_truth
+    else:
+        boxes, labels, offsets, counts = ground_truth
+        if boxes.device != logits[0].device:
+            raise ValueError(
+                f"{_OP}: boxes must be on the device of the logits, {logits[0].device}, got "
+                f"{boxes.device}"
+            )
+        if len(options.strides) != len(logits):
+            raise ValueError(
+                f"{_OP}: predictions must have a level for each of the {len(options.strides)} "
+                f"strides, got {len(logits)}"
+            )
+        targets = assign(
+            boxes,
+            labels,
+            offsets,
+            counts=counts,
+            feature_sizes=[(level.shape[2], level.shape[3]) for level in logits],
+            strides=options.strides,
+            size_ranges=options.size_ranges,
+            center_sampling_radius=options.center_sampling_radius,
+            boundary=options.boundary,
+            normalize=options.normalize_ltrb,
+        )
+    expected = (logits[0].shape[0], sum(level.shape[2] * level.shape[3] for level in logits))
+    if tuple(targets.labels.shape) != expected:
+        raise ValueError(
+            f"{_OP}: ground_truth must be of the predictions' N images and L locations, "
+            f"{expected}, got {tuple(targets.labels.shape)}"
+        )
+    if targets.labels.device != logits[0].device:
+        raise ValueError(
+            f"{_OP}: ground_truth must be on the device of the logits, {logits[0].device}, got "
+            f"{targets.labels.device}"
+        )
+    return targets
+
+
+def _reduced(reduce: Reduce, sums: Tensor) -> Tensor:
+    result = reduce(sums)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{_OP}: reduce must return a tensor, got {type(result).__name__}")
+    _check_normalizers("what reduce returns", result)
+    return result
+
+
+def _check_normalizers(name: str, normalizers: Tensor) -> None:
+    if not normalizers.is_floating_point():
+        raise TypeError(f"{_OP}: {name} must be floating point, got {normalizers.dtype}")
+    if normalizers.shape != (2,):
+        raise ValueError(f"{_OP}: {name} must have shape [2], got {list(normalizers.shape)}")
+
+
+def _check(
+    predictions: tuple[Levels, Levels, Levels],
+    options: FCOSLossOptions,
+    reduce: Reduce | None,
+    normalizers: Tensor | None,
+) -> None:
+    if len(predictions) != 3:
+        raise ValueError(
+            f"{_OP}: predictions must be (logits, ltrb, centerness), got {len(predictions)} parts"
+        )
+    names = ("logits", "ltrb", "centerness")
+    for name, levels, channels in zip(names, predictions, (None, 4, 1), strict=True):
+        check_levels(_OP, name, levels, channels)
+    logits, *others = predictions
+    grid = [(level.shape[0], *level.shape[2:]) for level in logits]
+    for name, levels in zip(names[1:], others, strict=True):
+        if (other := [(level.shape[0], *level.shape[2:]) for level in levels]) != grid:
+            raise ValueError(
+                f"{_OP}: {name} must agree with logits in N, H_l and W_l of every level, got "
+                f"{other} and {grid}"
+            )
+    for name, levels in zip(names, predictions, strict=True):
+        for level in levels:
+            if level.device != logits[0].device:
+                raise ValueError(
+                    f"{_OP}: {name} must be on the device of the first level, "
+                    f"{logits[0].device}, got {level.device}"
+                )
+    if options.box_weights not in _BOX_WEIGHTS:
+        raise ValueError(
+            f"{_OP}: box_weights must be one of {_BOX_WEIGHTS}, got {options.box_weights!r}"
+        )
+    if normalizers is None:
+        return
+    if reduce is not None:
+        raise ValueError(f"{_OP}: either reduce or normalizers can be given, got both")
+    _check_normalizers("normalizers", normalizers)
+    if normalizers.device != logits[0].device:
+        raise ValueError(
+            f"{_OP}: normalizers must be on the device of the logits, {logits[0].device}, got "
+            f"{normalizers.device}"
+        )
