@@ -13,6 +13,7 @@ from .box_and_centerness_loss import (
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
+from .postprocess import Postprocessed, PostprocessOptions, postprocess, postprocess_ref
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 from .soft_nms import (
     PaddedSoftKeep,
@@ -27,6 +28,8 @@ __all__ = [
     "BoxAndCenternessLoss",
     "PaddedKeep",
     "PaddedSoftKeep",
+    "PostprocessOptions",
+    "Postprocessed",
     "assign_targets",
     "assign_targets_ref",
     "batched_nms",
@@ -41,6 +44,8 @@ __all__ = [
     "padded_batched_nms_ref",
     "padded_soft_nms",
     "padded_soft_nms_ref",
+    "postprocess",
+    "postprocess_ref",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_ref",
     "soft_nms",
