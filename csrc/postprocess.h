@@ -57,8 +57,8 @@ struct Scoring {
   // Product of the scores, which candidates are ranked by; NaN if it is to be dropped; 0: none.
   FCOS_INLINE float judge(float cls, float weight) const {
     const float p = product(cls, weight);
-    const bool fails = on_final ? final_of(p) <= threshold || final_of(weight) <= threshold
-                                : cls <= threshold;
+    const bool fails =
+        on_final ? final_of(p) <= threshold || final_of(weight) <= threshold : cls <= threshold;
     return fails ? 0.0f : p;
   }
 };
@@ -115,8 +115,7 @@ FCOS_INLINE float clipped(float v, float limit) {
 
 // A finite box inside an image.
 FCOS_INLINE Box clipped(const Box& b, float height, float width) {
-  return {clipped(b.x0, width), clipped(b.y0, height), clipped(b.x1, width),
-          clipped(b.y1, height)};
+  return {clipped(b.x0, width), clipped(b.y0, height), clipped(b.x1, width), clipped(b.y1, height)};
 }
 
 }  // namespace fcos_ext

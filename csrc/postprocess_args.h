@@ -50,8 +50,8 @@ struct Maps {
 };
 
 inline Maps maps_of(const Tensor& t) {
-  return {{t.const_data_ptr(), t.scalar_type()}, t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+  return {
+      {t.const_data_ptr(), t.scalar_type()}, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 // One level, as kernels see it. An index into the logits of an image counts them in the order of
@@ -179,8 +179,8 @@ inline PostprocessCall make_postprocess_call(
     // Indices have 32 bits, and room to be advanced beyond the last one.
     STD_TORCH_CHECK(height < (1 << 30) && width < (1 << 30) && C < (1 << 30) &&
                         height * width < (1 << 30) && height * width * C < (1 << 30),
-                    kOp, ": at most 2^30 - 1 logits in a level of an image, got [", C, ", ",
-                    height, ", ", width, "]");
+                    kOp, ": at most 2^30 - 1 logits in a level of an image, got [", C, ", ", height,
+                    ", ", width, "]");
     const bool rows = is_dense_image(t, false), planes = !rows && is_dense_image(t, true);
     call.alive.push_back(rows || planes ? t : torch::stable::contiguous(t));
     const Tensor& dense = call.alive.back();

@@ -112,8 +112,8 @@ class Search {
       const int location = level_.planes ? fast : slow, c = level_.planes ? slow : fast;
       const int y = location / level_.width, x = location - y * level_.width;
       cls_[i] = static_cast<double>(static_cast<acc>(logits_[at]));
-      weight_[i] = level_.centerness.numbers.at<double>(
-          level_.centerness.offset(tile_.image, y, x));
+      weight_[i] =
+          level_.centerness.numbers.at<double>(level_.centerness.offset(tile_.image, y, x));
       flat_[i] = location * classes_ + c;
     }
     for (int i = 0; i < count_; ++i)
@@ -293,8 +293,7 @@ struct Cpu {
         values.resize(static_cast<size_t>(level.locations));
         for (int y = 0, i = 0; y < level.height; ++y)
           for (int x = 0; x < level.width; ++x, ++i)
-            values[i] = level.centerness.numbers.at<float>(
-                level.centerness.offset(map / L, y, x));
+            values[i] = level.centerness.numbers.at<float>(level.centerness.offset(map / L, y, x));
         with_cpu_isa([&] {
           for (float& value : values) value = cutoff.at(value);
         });

@@ -114,7 +114,7 @@ def make_call(
     ltrb = [noise(4, *size).abs() * 2 for size in sizes]
     height, width = sizes[0][0] * 8, sizes[0][1] * 8
     shrunk = torch.randint(0, 9, (images, 2), generator=generator)
-    image_sizes = torch.tensor([height, width]) - shrunk
+    image_sizes = (torch.tensor([height, width]) - shrunk).clamp(min=1)
     predictions = tuple(
         [in_memory(x.to(dtype), layout) for x in levels] for levels in (logits, ltrb, centerness)
     )
