@@ -181,9 +181,7 @@ def postprocess_ref(
     options = PostprocessOptions() if options is None else options
     geometry = _check(predictions, image_sizes, options, original_sizes, padded_size)
     selected = [_select(*level, options) for level in zip(*predictions, geometry, strict=True)]
-    boxes, scores, labels = (
-        torch.cat([level[i] for level in selected], dim=1) for i in range(3)
-    )
+    boxes, scores, labels = (torch.cat([level[i] for level in selected], dim=1) for i in range(3))
     dropped = torch.stack([level[3] for level in selected]).sum(dim=0)
 
     finite = boxes.isfinite().all(dim=-1)  # asked before clipping makes infinity a number
@@ -357,7 +355,9 @@ def _check(
 
 def _check_sizes(name: str, sizes: Tensor, logits: Tensor) -> None:
     if sizes.dtype == torch.bool or sizes.is_complex():
-        raise TypeError(f"postprocess: {name} must be integers or floating point, got {sizes.dtype}")
+        raise TypeError(
+            f"postprocess: {name} must be integers or floating point, got {sizes.dtype}"
+        )
     if sizes.shape != (logits.shape[0], 2):
         raise ValueError(
             f"postprocess: {name} must have shape {[logits.shape[0], 2]}, got {list(sizes.shape)}"

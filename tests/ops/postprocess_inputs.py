@@ -56,9 +56,7 @@ def run_on(backend: str, call: Call, seed: int = 0) -> Postprocessed:
         library = load_simt_library()
         library.set_seed(seed)
         with library.guarded_memory():
-            return Postprocessed(
-                *torch.ops.fcos_ext_simt.postprocess(*call.of(operator_arguments))
-            )
+            return Postprocessed(*torch.ops.fcos_ext_simt.postprocess(*call.of(operator_arguments)))
     arguments = call.to(backend).of(operator_arguments)
     return Postprocessed(*(x.cpu() for x in torch.ops.fcos_ext.postprocess(*arguments)))
 
