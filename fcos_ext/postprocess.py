@@ -278,7 +278,7 @@ def _geometry(
     padded_size: tuple[int, int] | None,
 ) -> list[tuple[float, ...]]:
     """(step_y, step_x, first_y, first_x, unit of the distances) of each level, in pixels."""
-    result = []
+    result: list[tuple[float, ...]] = []
     for stride, level in zip(options.strides, predictions[0], strict=True):
         unit = float(stride) if options.normalize_ltrb else 1.0
         if options.locations == "half_stride":
