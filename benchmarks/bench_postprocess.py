@@ -43,18 +43,24 @@ def make_outputs(
     """Logits, distances and centerness of each level; ``candidates`` logits an image are high."""
     logits, ltrb, centerness = [], [], []
     per_level = candidates // len(shapes.STRIDES)
-    for stride in shapes.STRIDES:
+    # No two of these are nearly equal, and their centerness is the same: torchvision computes
+    # scores a little differently, and would have another order.
+    high = torch.linspace(-1, 3, per_level * len(shapes.STRIDES))
+    order = torch.rand(images, len(high), generator=generator).argsort(dim=1)
+    for level, stride in enumerate(shapes.STRIDES):
         size = [-(-side // stride) for side in image_size]
         pairs = shapes.NUM_CLASSES * size[0] * size[1]
         x = torch.randn(images, pairs, generator=generator) - 9
-        for row in x:
+        weights = torch.randn(images, 1, *size, generator=generator)
+        for i in range(images):
             chosen = torch.randperm(pairs, generator=generator)[:per_level]
-            row[chosen] = torch.randn(len(chosen), generator=generator) * 0.7 + 1
+            x[i, chosen] = high[order[i, level * per_level :][: len(chosen)]]
+            weights[i].view(-1)[chosen % (size[0] * size[1])] = 1.0
         logits.append(x.view(images, shapes.NUM_CLASSES, *size))
         # In eighths of a stride: torchvision moves the boxes of each class far to the side, which
         # these do not lose a bit by.
         ltrb.append(torch.randint(4, 28, (images, 4, *size), generator=generator) / 8)
-        centerness.append(torch.randn(images, 1, *size, generator=generator) * 0.5 + 0.5)
+        centerness.append(weights)
     return [logits, ltrb, centerness]
 
 
