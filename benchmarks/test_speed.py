@@ -18,6 +18,7 @@ from . import (
     bench_iou_loss,
     bench_nms,
     bench_padded_batched_nms,
+    bench_postprocess,
     bench_sigmoid_focal_loss,
     bench_soft_nms,
 )
@@ -29,6 +30,7 @@ BENCHMARKS = [
     bench_iou_loss,
     bench_nms,
     bench_padded_batched_nms,
+    bench_postprocess,
     bench_sigmoid_focal_loss,
     bench_soft_nms,
 ]

@@ -16,6 +16,14 @@ template <typename score_t>
 using OrderKey =
     std::conditional_t<std::is_same_v<score_t, double>, unsigned long long, unsigned int>;
 
+// The inverse for a score that is above 0.
+FCOS_INLINE float score_of_key(OrderKey<float> key) {
+  const OrderKey<float> bits = key & 0x7fffffffu;
+  float score;
+  std::memcpy(&score, &bits, sizeof(score));
+  return score;
+}
+
 // Key and index in one number, the higher the better; no two candidates have the same.
 template <typename score_t>
 using Rank = std::conditional_t<std::is_same_v<score_t, double>, Unsigned128, unsigned long long>;

@@ -15,6 +15,7 @@ from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
+from .postprocess import Postprocessed, PostprocessOptions, postprocess, postprocess_ref
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 from .soft_nms import (
     PaddedSoftKeep,
@@ -32,6 +33,8 @@ __all__ = [
     "GroundTruth",
     "PaddedKeep",
     "PaddedSoftKeep",
+    "PostprocessOptions",
+    "Postprocessed",
     "assign_targets",
     "assign_targets_ref",
     "batched_nms",
@@ -50,6 +53,8 @@ __all__ = [
     "padded_batched_nms_ref",
     "padded_soft_nms",
     "padded_soft_nms_ref",
+    "postprocess",
+    "postprocess_ref",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_ref",
     "soft_nms",

@@ -1,7 +1,6 @@
-#include <tuple>
-
 #include "kernel_table.cuh"
 #include "launch.cuh"
+#include "padded_batched_nms.cuh"
 #include "padded_batched_nms_chunks.cuh"
 
 namespace fcos_ext {
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     R lowest = 1, highest = ~R(0);
     if (a.K > kChunk) {
       find_range(image, s);
-      lowest = R(s.lowest + 1) << 32;  // was found less 1
+      if (s.highest) lowest = R(s.lowest + 1) << 32;  // was found less 1
       highest = s.highest ? R(s.highest) << 32 | 0xffffffffu : R(0);
     }
     int64_t count = 0;
@@ -152,6 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 const ListKernel kListed[] = {
     {"padded_batched_nms fp32", &padded_batched_nms_kernel<float, int64_t>, kThreads},
 };
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> padded_batched_nms_cuda(const Tensor& boxes, const Tensor& scores,
                                                    const Tensor& labels, double iou_threshold,
@@ -183,8 +184,6 @@ std::tuple<Tensor, Tensor> padded_batched_nms_cuda(const Tensor& boxes, const Te
   });
   return {keep, counts};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FCOS_NAMESPACE, FCOS_CUDA_KEY, m) {
   m.impl("padded_batched_nms", TORCH_BOX(&padded_batched_nms_cuda));

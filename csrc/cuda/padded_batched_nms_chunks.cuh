@@ -1,5 +1,5 @@
 // How padded_batched_nms takes the candidates of an image: the best first, a sorted chunk at a
-// time.
+// time. postprocess takes those of a level in the same way.
 #pragma once
 
 #include "../padded_batched_nms.h"
@@ -49,9 +49,13 @@ struct Args {
   bool class_agnostic;
 };
 
-// The candidates of one image.
+// The candidates of one image. What the functions below take as a source are K ranks, of which
+// those that are absent are 0.
 template <typename score_t, typename label_t>
 struct Image {
+  using R = Rank<score_t>;
+  static constexpr int kUnroll = 4;  // reads at a time
+
   const float4* boxes;
   const score_t* scores;
   const label_t* labels;
@@ -149,8 +153,8 @@ __device__ __forceinline__ void find_range(const Image<score_t, label_t>& image,
 }
 
 // How many of the first bins have at most kChunk ranks together, for all threads.
-template <typename score_t>
-__device__ __forceinline__ int count_bins(Shared<score_t>& s) {
+template <typename S>
+__device__ __forceinline__ int count_bins(S& s) {
   constexpr int kEach = kBins < kThreads ? 1 : kBins / kThreads;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   unsigned sum = 0;
@@ -178,19 +182,19 @@ __device__ __forceinline__ int count_bins(Shared<score_t>& s) {
 
 // Finds the lowest rank of a chunk: at most kChunk candidates, and one at least if there are any,
 // lie between it and `highest`.
-template <typename score_t, typename label_t>
-__device__ __forceinline__ Rank<score_t> find_chunk(const Image<score_t, label_t>& image,
-                                                    Rank<score_t> lowest, Rank<score_t> highest,
-                                                    Shared<score_t>& s) {
-  using R = Rank<score_t>;
+template <typename Source, typename S>
+__device__ __forceinline__ typename Source::R find_chunk(const Source& source,
+                                                         typename Source::R lowest,
+                                                         typename Source::R highest, S& s) {
+  using R = typename Source::R;
   for (;;) {
     const int width = bit_width(highest - lowest);
     const int shift = width > kLogBins ? width - kLogBins : 0;
     for (int b = threadIdx.x; b < kBins; b += kThreads) s.bins[b] = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < image.K; i += kThreads) {
-      const R rank = image.rank(i);
+#pragma unroll(Source::kUnroll)
+    for (int i = threadIdx.x; i < source.K; i += kThreads) {
+      const R rank = source.rank(i);
       if (rank >= lowest && rank <= highest)
         atomicAdd(&s.bins[static_cast<int>((highest - rank) >> shift)], 1u);
     }
@@ -204,17 +208,16 @@ __device__ __forceinline__ Rank<score_t> find_chunk(const Image<score_t, label_t
 }
 
 // Puts the ranks from lowest to highest into s.ranks, best first. Returns how many there are.
-template <typename score_t, typename label_t>
-__device__ __forceinline__ int sort_chunk(const Image<score_t, label_t>& image,
-                                          Rank<score_t> lowest, Rank<score_t> highest,
-                                          Shared<score_t>& s) {
-  using R = Rank<score_t>;
+template <typename Source, typename S>
+__device__ __forceinline__ int sort_chunk(const Source& source, typename Source::R lowest,
+                                          typename Source::R highest, S& s) {
+  using R = typename Source::R;
   const int thread = threadIdx.x;
   if (thread == 0) s.num_ranks = 0;
   __syncthreads();
-#pragma unroll 4
-  for (int i = thread; i < image.K; i += kThreads) {
-    const R rank = image.rank(i);
+#pragma unroll(Source::kUnroll)
+  for (int i = thread; i < source.K; i += kThreads) {
+    const R rank = source.rank(i);
     if (rank >= lowest && rank <= highest) s.ranks[atomicAdd(&s.num_ranks, 1)] = rank;
   }
   __syncthreads();

@@ -123,6 +123,57 @@ def check_soft_nms() -> None:
             compare(kept.scores, truth.scores.double())
 
 
+def check_postprocess() -> None:
+    """Every number in turn, as in check_assign_targets."""
+    changes: list[dict[str, Any]] = [
+        {"strides": (8, 12)},
+        {"normalize_ltrb": False},
+        {"score": "product"},
+        {"score_threshold": 0.3},
+        {"threshold_on": "final"},
+        {"topk_candidates": 20},
+        {"iou_threshold": 0.1},
+        {"max_detections": 15},
+        {"class_agnostic": True},
+        {"clip": False},
+        {"locations": "torchvision"},
+    ]
+    standard: dict[str, Any] = {"strides": (8, 16), "score_threshold": 0.2, "max_detections": 300}
+    # the larger ones have more candidates than the buffers of the CUDA kernels
+    for levels, mean, options in (
+        (((8, 10), (4, 5)), -1.5, ({}, *changes)),
+        (((40, 64), (20, 32)), 2.0, ({}, {"threshold_on": "final"}, {"max_detections": 30})),
+    ):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            logits, ltrb, centerness = (
+                [torch.randn(2, channels, *size) for size in levels] for channels in (5, 4, 1)
+            )
+            predictions = (
+                [(x + mean).to(dtype) for x in logits],
+                [x.abs().to(dtype) for x in ltrb],
+                [x.to(dtype) for x in centerness],
+            )
+            sizes = torch.tensor([[60, 75], [64, 80]])
+            standard_results: Any = None
+            for changed in options:
+                results, truth = (
+                    function(
+                        predictions,
+                        sizes,
+                        fcos_ext.PostprocessOptions(**(standard | changed)),
+                        original_sizes=sizes * 2,
+                    )
+                    for function in (fcos_ext.postprocess, fcos_ext.postprocess_ref)
+                )
+                for actual, exact in zip(results, truth, strict=True):
+                    assert torch.equal(actual, exact), changed
+                if not changed:
+                    standard_results = results
+                elif len(options) > 3:
+                    pairs = zip(results, standard_results, strict=True)
+                    assert not all(torch.equal(*pair) for pair in pairs), changed
+
+
 def candidates() -> tuple[Tensor, Tensor, Tensor]:
     """Boxes [3, 400, 4], scores, and labels from -1."""
     corner, sides = torch.rand(3, 400, 2) * 300, torch.rand(3, 400, 2) * 50 + 10
@@ -275,6 +326,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "iou_loss": check_iou_loss,
     "nms": check_nms,
     "padded_batched_nms": check_padded_batched_nms,
+    "postprocess": check_postprocess,
     "sigmoid_focal_loss": check_sigmoid_focal_loss,
     "soft_nms": check_soft_nms,
 }

@@ -14,7 +14,7 @@ from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
 from fcos.config import Backbone, ConfigError, ModelConfig
-from fcos.locations import feature_sizes, level_locations
+from fcos.locations import feature_sizes
 from fcos.model import FCOS
 from fcos.presets import PRESETS, improved, tiny
 
@@ -99,14 +99,6 @@ def test_output_shapes(levels: int, size: tuple[int, int]) -> None:
     for tensors, channels in zip(outputs, (3, 4, 1), strict=True):
         assert [tuple(t.shape) for t in tensors] == [(2, channels, *s) for s in expected]
     assert all((level >= 0).all() for level in outputs.ltrb)
-
-
-def test_locations() -> None:
-    """Section 3.1 of the paper: (floor(s/2) + x s, floor(s/2) + y s)."""
-    expected = [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
-    assert level_locations((2, 3), 8).tolist() == expected
-    assert level_locations((1, 1), 1).tolist() == [[0, 0]]
-    assert level_locations((0, 3), 8).shape == (0, 2)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

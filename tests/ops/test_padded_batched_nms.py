@@ -162,6 +162,16 @@ def test_odd_scores(backend: str) -> None:
     assert kernel(NAME, backend)(*candidates, 0.5, 2, False)[0].tolist() == [[1, 0]]
 
 
+@pytest.mark.parametrize("k", [1024, 1025, 5000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_absent(backend: str, k: int) -> None:
+    """More of them than are sorted at a time, and yet nothing to sort."""
+    boxes, scores, labels = make_candidates(2, k)
+    scores[0], labels[1] = -INF, -1
+    keep, counts = kernel(NAME, backend)(boxes, scores, labels, 0.5, 3, False)
+    assert keep.tolist() == [[-1] * 3] * 2 and counts.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing(backend: str, shape: tuple[int, int]) -> None:
