@@ -70,7 +70,12 @@ def check_assign_targets() -> None:
         {"boundary": "strict"},
         {"boundary": "half_open"},
         {"normalize": True},
+        {"ties": "torchvision"},
     ]
+    grid = fcos_ext.Grid(step=(9.0, 10.5), first=(3.0, 5.5), unit=8.0, reach=14.5)
+    for change in ({"step": (8.0, 10.5)}, {"first": (3.0, 9.0)}, {"unit": 5.0}, {"reach": 9.0}):
+        strides_ = [grid._replace(**change), *strides[1:]]
+        changes.append({"strides": strides_, "normalize": True})
     for i in range(3):
         changes.append({"strides": [*strides[:i], strides[i] + 5, *strides[i + 1 :]]})
         for size in ((5, sizes[i][1]), (sizes[i][0], 7)):
@@ -80,6 +85,8 @@ def check_assign_targets() -> None:
     # on the grid of locations, so that distances lie at the ends of ranges
     corner = torch.randint(50, (60, 2)).mul(4.0)
     boxes = torch.cat([corner, corner + 2.0 ** torch.randint(2, 8, (60, 2))], dim=1)
+    # areas so close that they are a tie for torchvision
+    boxes[:2] = torch.tensor([[4.0, 4.0, 34.0, 36.0], [4.0, 4.0, 34.0, 35.96]])
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
