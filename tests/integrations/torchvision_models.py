@@ -129,15 +129,18 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
 
 
 def assert_same_detections(
-    ours: Sequence[dict[str, Tensor]], theirs: Sequence[dict[str, Tensor]]
+    ours: Sequence[dict[str, Tensor]], theirs: Sequence[dict[str, Tensor]], most: int
 ) -> None:
-    """Boxes and labels to the bit, scores to the last one, and in the same order."""
+    """Boxes and labels to the bit, scores to the last one, and in the same order.
+
+    ``most`` is the number of detections at which they are cut.
+    """
     assert len(ours) == len(theirs)
     for actual, truth in zip(ours, theirs, strict=True):
         assert list(actual) == list(truth)
         assert all(actual[name].dtype == truth[name].dtype for name in truth)
         assert torch.equal(actual["scores"], actual["scores"].sort(descending=True).values)
         torch.testing.assert_close(actual["scores"], truth["scores"], rtol=5e-7, atol=0)
-        actual, truth = in_fixed_order(actual), in_fixed_order(truth)
+        actual, truth = in_fixed_order(actual, most), in_fixed_order(truth, most)
         assert torch.equal(actual["labels"], truth["labels"])
         assert torch.equal(actual["boxes"], truth["boxes"])

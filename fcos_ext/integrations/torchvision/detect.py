@@ -30,7 +30,9 @@ def detect(
     topk_candidates: int,
     max_detections: int,
 ) -> list[dict[str, Tensor]]:
-    """Boxes, scores and labels of each image, best first: torchvision's, but for the last bit of some scores.
+    """Boxes, scores and labels of each image, best first.
+
+    They are those of torchvision, but for the last bit of some scores; see :func:`_sigmoid`.
 
     Args:
         logits (levels of Tensor[N, A, C]): of classes.

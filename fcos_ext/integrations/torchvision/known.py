@@ -18,13 +18,13 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 
 #: Of methods that are replaced: the same from torchvision 0.15 on. See `fingerprint`.
 FINGERPRINTS: dict[tuple[type, str], str] = {
-    (FCOS, "compute_loss"): "9a6a4887c3320143",
-    (FCOSHead, "compute_loss"): "b7cf5d0f71c62895",
-    (FCOS, "postprocess_detections"): "7d7e1be3ef2d762a",
-    (RetinaNet, "compute_loss"): "9bf4474179b6fc04",
-    (RetinaNetHead, "compute_loss"): "4531204819ac2131",
-    (RetinaNetClassificationHead, "compute_loss"): "3f1ed890ac6d47dc",
-    (RetinaNet, "postprocess_detections"): "e3e5271eea36726d",
+    (FCOS, "compute_loss"): "758abc6bf0a91db6",
+    (FCOSHead, "compute_loss"): "b1652c092f24802c",
+    (FCOS, "postprocess_detections"): "7e3b29958dac1ade",
+    (RetinaNet, "compute_loss"): "9c85dc939a463095",
+    (RetinaNetHead, "compute_loss"): "c07855e9597d2e3f",
+    (RetinaNetClassificationHead, "compute_loss"): "bf15f6822fae24a8",
+    (RetinaNet, "postprocess_detections"): "0661aa0a84eb39e6",
 }
 
 
@@ -35,7 +35,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
         if isinstance(node, ast.arg):
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):
-            node.returns, node.decorator_list = None, []
+            node.name, node.returns, node.decorator_list = "function", None, []
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
     plain = _WithoutAnnotations().visit(tree)

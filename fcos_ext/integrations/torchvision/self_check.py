@@ -160,23 +160,34 @@ def _compare_detections(
         cls.postprocess_detections(model, levels, split, list(IMAGE_SIZES))  # type: ignore[attr-defined]
         for cls in (original, type(model))
     )
-    theirs, ours = ([in_fixed_order(of_image) for of_image in each] for each in (theirs, ours))
-    return tuple(
-        Figure(f"detected {name}", distance(_joined(ours, name), _joined(theirs, name)), limit)
-        for name, limit in (("boxes", SMALL_LIMIT), ("scores", SMALL_LIMIT), ("labels", 0.0))
+    numbers = [
+        torch.tensor([len(of_image["scores"]) for of_image in each]) for each in (ours, theirs)
+    ]
+    figures = [Figure("number of detections", distance(*numbers), 0.0)]
+    theirs, ours = (
+        [in_fixed_order(of_image, model.detections_per_img) for of_image in each]
+        for each in (theirs, ours)
     )
+    for name, limit in (("boxes", SMALL_LIMIT), ("scores", SMALL_LIMIT), ("labels", 0.0)):
+        difference = distance(_joined(ours, name), _joined(theirs, name))
+        figures.append(Figure(f"detected {name}", difference, limit))
+    return tuple(figures)
 
 
-def in_fixed_order(detections: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_fixed_order(detections: dict[str, Tensor], most: int) -> dict[str, Tensor]:
     """Detections of an image whose scores are the same, or nearly so, ordered by label and box.
 
-    The last bit of a score differs by where it stood in a tensor; see ``detect._sigmoid``.
+    The last bit of a score differs by where it stood in a tensor, see ``detect._sigmoid``, and
+    torchvision sorts without regard to the order of equal scores. For the same reason the last
+    ones are left out if there are ``most``, the number at which they are cut.
     """
     scores, labels, boxes = (detections[name].cpu() for name in ("scores", "labels", "boxes"))
     gap = scores[:-1] - scores[1:] > 1e-6
     group = torch.cat([gap.new_zeros(min(1, len(scores))), gap]).cumsum(0)
     keys = [group.tolist(), labels.tolist(), boxes.tolist()]
     order = sorted(range(len(scores)), key=lambda i: [key[i] for key in keys])
+    if len(order) == most:
+        order = [i for i in order if group[i] < group[-1]]
     return {name: tensor[order] for name, tensor in detections.items()}
 
 
