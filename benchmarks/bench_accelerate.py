@@ -75,7 +75,7 @@ class Inputs:
         logits, regression, centerness = (
             torch.randn(*shape, channels, generator=generator) for channels in OUTPUTS.values()
         )
-        logits, regression = logits + mean, (2 * regression + 3).relu()
+        logits, regression = logits + mean, (2 * regression + 3).abs()
         return tuple(x.to(self.device) for x in (logits, regression, centerness))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,49 +48,89 @@ def detect(
         topk_candidates: the best so many of each level and image.
         max_detections: of an image, at least 1.
     """
-    images, boxes, scores, labels, counts = [], [], [], [], []
-    for level, level_logits in enumerate(logits):
-        image, row, label, score = _above_threshold(
-            level_logits, None if quality is None else quality[level], score_threshold
-        )
-        best, count = _best_of_each_image(image, score, len(image_shapes), topk_candidates)
-        image, row = image[best], row[best]
-        images.append(image)
-        boxes.append(decode(regression[level][image, row], anchors[level][row]))
-        scores.append(score[best])
-        labels.append(label[best])
-        counts.append(count)
+    found = _above_threshold(logits, quality, score_threshold, topk_candidates)
+    best, counts = _best_of_each(found, topk_candidates)
+    row = found.row[best]
+    image, location = found.image[row], found.location[row]
+    boxes = decode(
+        torch.cat(list(regression), dim=1)[image, location], torch.cat(list(anchors))[location]
+    )
     return _suppress(
-        _clip(torch.cat(boxes), torch.cat(images), image_shapes),
-        torch.cat(scores),
-        torch.cat(labels),
+        _clip(boxes, image, image_shapes),
+        found.score[best],
+        found.label[best],
         counts,
         iou_threshold,
         max_detections,
     )
 
 
-def _above_threshold(
-    logits: Tensor, quality: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image, anchor, class and score of all scores above the threshold, each [K], in this order.
+class _Found(NamedTuple):
+    """Scores above the threshold, [K], level by level, and in each image by image.
 
-    As few scores are, logits are compared first, with the least one that may do; the scores are
-    computed of what is left.
+    They are in R rows, each that of a location of an image.
     """
-    limit = _least_logit(logits.dtype, quality, threshold)  # [N, A] or a number
-    # Not ">=": NaN among the logits of an anchor must not hide the others.
-    image, row = (~(logits.amax(dim=-1) < limit)).nonzero(as_tuple=True)
-    if isinstance(limit, Tensor):
-        limit = limit[image, row][:, None]
-    of_rows = logits[image, row]
-    found, label = (of_rows >= limit).nonzero(as_tuple=True)
-    image, row = image[found], row[found]
-    score = _sigmoid(of_rows[found, label])
-    if quality is not None:
-        score = torch.sqrt(score * _sigmoid(quality[image, row, 0]))
+
+    score: Tensor
+    label: Tensor
+    row: Tensor
+    """In which of the rows."""
+    image: Tensor
+    """Of the row, [R]."""
+    location: Tensor
+    """Of the row, [R], counted over the levels."""
+    rows: list[list[int]]
+    """Of each level and image."""
+
+
+def _above_threshold(
+    logits: Sequence[Tensor], quality: Sequence[Tensor] | None, threshold: float, k: int
+) -> _Found:
+    """Scores above the threshold; where there are many, some that are not among the k best go.
+
+    As few are, logits are compared first, with the least one that may do. The scores are computed
+    of what is left.
+    """
+    num_images, _, num_classes = logits[0].shape
+    every_quality = None if quality is None else torch.cat(list(quality), dim=1)[..., 0]  # [N, L]
+    highest = torch.cat([level.amax(dim=-1) for level in logits], dim=1)  # [N, L]
+    of_quality = None if every_quality is None else every_quality.float().sigmoid()
+    least = max(threshold, 0.0)
+    least = least if of_quality is None else least * least
+    product = torch.full((), least, dtype=torch.float32, device=highest.device)
+    limit = _least_logit(product, of_quality, logits[0].dtype).expand_as(highest)
+    sizes = [level.shape[1] for level in logits]
+    limits, may_do = [], []
+    for part in _split(sizes, limit, highest, of_quality):
+        limits.append(_without_the_rest(*part, logits[0].dtype, k))
+        # Not ">=": NaN among the logits of a location must not hide the others.
+        may_do.append(~(part[1] < limits[-1]))
+
+    images, locations, values, places, rows = [], [], [], [], []
+    start = taken = 0
+    for level, rows_that_may, lowest in zip(logits, may_do, limits, strict=True):
+        image, row = rows_that_may.nonzero(as_tuple=True)
+        of_rows = level[image, row]  # [R, C]
+        place = (of_rows >= lowest[image, row][:, None]).view(-1).nonzero()[:, 0]
+        values.append(of_rows.view(-1)[place])
+        places.append(place + taken * num_classes)
+        images.append(image)
+        locations.append(row + start)
+        rows.append(torch.bincount(image, minlength=num_images))
+        start += level.shape[1]
+        taken += len(image)
+
+    image, location, place = torch.cat(images), torch.cat(locations), torch.cat(places)
+    score = _sigmoid(torch.cat(values))
+    if every_quality is not None:
+        of_row = _sigmoid(every_quality[image, location])
+        score = torch.sqrt(score * of_row[place // num_classes])
     keep = (score > threshold).nonzero()[:, 0]
-    return image[keep], row[keep], label[keep], score[keep]
+    place = place[keep]
+    row = place // num_classes
+    return _Found(
+        score[keep], place - row * num_classes, row, image, location, torch.stack(rows).tolist()
+    )
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -100,35 +141,59 @@ def _sigmoid(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % 64)).sigmoid()[: len(x)]
 
 
-def _least_logit(dtype: torch.dtype, quality: Tensor | None, threshold: float) -> Tensor | float:
-    """No lower logit has a score above the threshold, whatever is lost to rounding.
-
-    sqrt(p q) > t needs p > t^2 / q; of p the logit is -log(1 / p - 1).
-    """
-    if threshold <= 0:
-        return -math.inf
-    margin = 1 - 64 * torch.finfo(dtype).eps
+def _split(
+    sizes: list[int], limit: Tensor, highest: Tensor, quality: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Tensors [N, L], level by level."""
+    a, b = limit.split(sizes, dim=1), highest.split(sizes, dim=1)
     if quality is None:
-        p = threshold * margin
-        return -math.log(1 / p - 1) if p < 1 else math.inf
-    inverse = quality[..., 0].float().sigmoid() / (threshold * threshold * margin)
-    return -torch.log((inverse - 1).clamp(min=0))
+        return zip(a, b, [None] * len(sizes), strict=True)
+    return zip(a, b, quality.split(sizes, dim=1), strict=True)
 
 
-def _best_of_each_image(
-    image: Tensor, score: Tensor, num_images: int, k: int
-) -> tuple[Tensor, list[int]]:
-    """Indices of the k best scores of each image, best first, and how many of each image.
+def _least_logit(product: Tensor, quality: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """No lower logit has a p with p q at least ``product``, whatever is lost to rounding.
 
-    ``image`` does not decrease. One call for each image, as it is by torchvision: which of equal
-    scores comes first is then the same.
+    The logit of p is -log(1 / p - 1).
     """
-    sizes = torch.bincount(image, minlength=num_images).tolist()
-    best, start = [], 0
-    for size in sizes:
-        best.append(score[start : start + size].topk(min(k, size)).indices + start)
-        start += size
-    return torch.cat(best), [len(indices) for indices in best]
+    product = product * (1 - 64 * torch.finfo(dtype).eps)
+    inverse = (1.0 if quality is None else quality) / product
+    limit = -torch.log((inverse - 1).clamp(min=0))
+    return torch.where(limit.isnan(), -math.inf, limit)
+
+
+def _without_the_rest(
+    limit: Tensor, highest: Tensor, quality: Tensor | None, dtype: torch.dtype, k: int
+) -> Tensor:
+    """``limit`` [N, A] of a level, higher for images with more than k locations above it.
+
+    The k-th best location is a bound of the k-th best score.
+    """
+    if k < 1 or highest.shape[1] <= k or int((highest >= limit).sum(dim=1).max()) <= k:
+        return limit
+    product = highest.float().sigmoid()
+    if quality is not None:
+        product = product * quality
+    product = torch.where(product.isnan(), 0.0, product)
+    least = product.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    return torch.maximum(limit, _least_logit(least, quality, dtype))
+
+
+def _best_of_each(found: _Found, k: int) -> tuple[Tensor, list[list[int]]]:
+    """Indices of the k best scores of each level and image, best first, and how many of each.
+
+    One call for each, as it is by torchvision: which of equal scores comes first is then the same.
+    """
+    # Where the rows of each end, and then where what was found in them does.
+    ends = torch.tensor([count for level in found.rows for count in level]).cumsum(0)
+    ends = torch.searchsorted(found.row, ends.to(found.row.device))
+    best, counts, start = [], [], 0
+    for end in ends.tolist():
+        best.append(found.score[start:end].topk(min(k, end - start)).indices + start)
+        counts.append(len(best[-1]))
+        start = end
+    num_images = len(found.rows[0])
+    return torch.cat(best), [counts[i : i + num_images] for i in range(0, len(counts), num_images)]
 
 
 def _clip(boxes: Tensor, image: Tensor, image_shapes: Sequence[tuple[int, int]]) -> Tensor:

@@ -18,35 +18,49 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead, 
 
 #: Of methods that are replaced: the same from torchvision 0.15 on. See `fingerprint`.
 FINGERPRINTS: dict[tuple[type, str], str] = {
-    (FCOS, "compute_loss"): "758abc6bf0a91db6",
-    (FCOSHead, "compute_loss"): "b1652c092f24802c",
-    (FCOS, "postprocess_detections"): "7e3b29958dac1ade",
-    (RetinaNet, "compute_loss"): "9c85dc939a463095",
-    (RetinaNetHead, "compute_loss"): "c07855e9597d2e3f",
-    (RetinaNetClassificationHead, "compute_loss"): "bf15f6822fae24a8",
-    (RetinaNet, "postprocess_detections"): "0661aa0a84eb39e6",
+    (FCOS, "compute_loss"): "6cdeffe969a3a7d3",
+    (FCOSHead, "compute_loss"): "e79672d3d1c7ab8e",
+    (FCOS, "postprocess_detections"): "477db9c995ee3f47",
+    (RetinaNet, "compute_loss"): "a2d7d43a89252037",
+    (RetinaNetHead, "compute_loss"): "335d5ec4011a7f35",
+    (RetinaNetClassificationHead, "compute_loss"): "e4a327fae1b161a1",
+    (RetinaNet, "postprocess_detections"): "dcda5dd6da7878f5",
 }
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Of what a function does: its code without annotations, comments and documentation."""
+    """Of what a function does: its syntax without name, annotations and documentation."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        elif isinstance(node, ast.FunctionDef):
-            node.name, node.returns, node.decorator_list = "function", None, []
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    plain = _WithoutAnnotations().visit(tree)
-    return hashlib.sha256(ast.unparse(plain).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_syntax(tree)).encode()).hexdigest()[:16]
 
 
-class _WithoutAnnotations(ast.NodeTransformer):
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
-        if node.value is None:
-            return None
-        return ast.copy_location(ast.Assign([node.target], node.value), node)
+#: Fields of the syntax tree that do not count, or that only some versions of Python have.
+_IGNORED = frozenset(
+    (
+        "name",
+        "annotation",
+        "returns",
+        "decorator_list",
+        "type_comment",
+        "type_params",
+        "ctx",
+        "kind",
+    )
+)
+
+
+def _syntax(node: Any) -> Any:
+    """As nested lists, alike on all versions of Python, which ``ast.dump`` is not."""
+    if isinstance(node, list):
+        return [_syntax(child) for child in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.AnnAssign):
+        node = ast.Assign([node.target], node.value or ast.Constant(None))
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    fields = [_syntax(child) for name, child in ast.iter_fields(node) if name not in _IGNORED]
+    return [type(node).__name__, *fields]
 
 
 def why_not(model: nn.Module) -> str | None:
