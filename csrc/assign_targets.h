@@ -15,12 +15,26 @@
 
 namespace fcos_ext {
 
+// Rows or columns of locations: their distance and the first, in pixels.
+struct Axis {
+  float step;  // above 0
+  float first;
+};
+
+// Of several candidates the one with the least cost, area - offset, is the best, if it is less than
+// `limit`: the area itself, or what torchvision compares, which has the precision of the offset.
+struct Ties {
+  float offset, limit;
+};
+
+FCOS_INLINE float cost_of(const Ties& ties, float area) { return area - ties.offset; }
+
 // One level of the feature pyramid.
 struct Level {
   int64_t start;          // its first location among all of an image
   int32_t height, width;  // in locations
-  float stride;           // in pixels
-  float first;            // pixel of row 0 and of column 0
+  Axis y, x;
+  float unit;  // of normalised distances, in pixels
   // A candidate has low <= max(l, t, r, b) <= high. An end that does not belong to the range of
   // the user has been replaced by the float32 next to it.
   float low, high;
@@ -28,8 +42,8 @@ struct Level {
 };
 
 // Pixel of a row or column. Does not decrease with `index`.
-FCOS_INLINE float location_of(const Level& level, int32_t index) {
-  return product(static_cast<float>(index), level.stride) + level.first;
+FCOS_INLINE float location_of(const Axis& axis, int32_t index) {
+  return product(static_cast<float>(index), axis.step) + axis.first;
 }
 
 FCOS_INLINE float center_of(float low, float high) { return product(low + high, 0.5f); }

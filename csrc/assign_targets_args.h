@@ -13,6 +13,10 @@ namespace fcos_ext {
 
 enum class Boundary : int64_t { kInclusive, kStrict, kHalfOpen };
 
+// Numbers that describe where the locations of a level are: steps and first of rows and columns,
+// the unit of normalised distances, and the reach of the center sampling, infinite without.
+constexpr size_t kGridNumbers = 6;
+
 // The geometry of a level travels to the GPU as a kernel argument, which has a fixed size.
 constexpr int64_t kMaxLevels = 32;
 
@@ -97,21 +101,33 @@ inline float to_float(double x) {
   return x > 0 ? INFINITY : x < 0 ? -INFINITY : NAN;
 }
 
-// The levels from the flat lists of the operator: (height, width), stride and (low, high) of each.
+inline Ties ties_of(int64_t ties) {
+  STD_TORCH_CHECK(ties == 0 || ties == 1, "assign_targets: ties must be 0 or 1, got ", ties);
+  return ties == 0 ? Ties{0.0f, INFINITY} : Ties{1e8f, 0.0f};
+}
+
+// Where rows or columns are.
+inline Axis axis_of(double step, double first, size_t level) {
+  const Axis axis{to_float(step), to_float(first)};
+  STD_TORCH_CHECK(axis.step >= std::numeric_limits<float>::min() && axis.step < INFINITY &&
+                      std::fabs(axis.first) < INFINITY,
+                  "assign_targets: grids must have finite steps above 0 and a finite first, got ",
+                  step, " and ", first, " at level ", level);
+  return axis;
+}
+
+// The levels from the flat lists of the operator: (height, width), grid and (low, high) of each.
 inline std::vector<Level> levels_of(const std::vector<int64_t>& feature_sizes,
-                                    const std::vector<int64_t>& strides,
-                                    const std::vector<double>& size_ranges, double radius,
-                                    int64_t boundary) {
+                                    const std::vector<double>& grids,
+                                    const std::vector<double>& size_ranges, int64_t boundary) {
   constexpr const char* kOp = "assign_targets";
-  constexpr int64_t kMaxStride = std::numeric_limits<int32_t>::max();
   constexpr int64_t kMaxLocations = int64_t(1) << 30;  // of a level: indices stay far from overflow
-  const size_t n = strides.size();
-  STD_TORCH_CHECK(
-      n >= 1 && n <= kMaxLevels && feature_sizes.size() == 2 * n && size_ranges.size() == 2 * n,
-      kOp, ": feature_sizes and size_ranges must have two entries and strides one for ",
-      "each of 1 to ", kMaxLevels, " levels, got ", feature_sizes.size(), ", ", size_ranges.size(),
-      " and ", n);
-  STD_TORCH_CHECK(radius >= 0, kOp, ": center_sampling_radius must be >= 0, got ", radius);
+  const size_t n = grids.size() / kGridNumbers;
+  STD_TORCH_CHECK(n >= 1 && n <= kMaxLevels && grids.size() == kGridNumbers * n &&
+                      feature_sizes.size() == 2 * n && size_ranges.size() == 2 * n,
+                  kOp, ": feature_sizes and size_ranges must have two entries and grids ",
+                  kGridNumbers, " for each of 1 to ", kMaxLevels, " levels, got ",
+                  feature_sizes.size(), ", ", size_ranges.size(), " and ", grids.size());
   STD_TORCH_CHECK(boundary >= 0 && boundary <= 2, kOp, ": boundary must be 0, 1 or 2, got ",
                   boundary);
   const auto rule = static_cast<Boundary>(boundary);
@@ -122,16 +138,19 @@ inline std::vector<Level> levels_of(const std::vector<int64_t>& feature_sizes,
     STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= kMaxLocations / width, kOp,
                     ": feature_sizes must be (height, width) of at least 1 and of at most 2^30 ",
                     "locations, got (", height, ", ", width, ") at level ", i);
-    STD_TORCH_CHECK(strides[i] >= 1 && strides[i] <= kMaxStride, kOp, ": strides must lie in 1..",
-                    kMaxStride, ", got ", strides[i], " at level ", i);
+    const double* grid = grids.data() + kGridNumbers * i;
+    const Axis y = axis_of(grid[0], grid[2], i), x = axis_of(grid[1], grid[3], i);
+    const float unit = to_float(grid[4]), reach = to_float(grid[5]);
+    STD_TORCH_CHECK(unit > 0 && unit < INFINITY && reach >= 0, kOp,
+                    ": grids must have a finite unit above 0 and a reach >= 0, got ", grid[4],
+                    " and ", grid[5], " at level ", i);
     float low = to_float(size_ranges[2 * i]), high = to_float(size_ranges[2 * i + 1]);
     STD_TORCH_CHECK(low <= high, kOp, ": size_ranges must be (low, high) with low <= high, got (",
                     low, ", ", high, ") at level ", i);
     if (rule == Boundary::kStrict) low = std::nextafter(low, INFINITY);
     if (rule != Boundary::kInclusive) high = std::nextafter(high, -INFINITY);
-    levels.push_back({start, static_cast<int32_t>(height), static_cast<int32_t>(width),
-                      static_cast<float>(strides[i]), static_cast<float>(strides[i] / 2), low, high,
-                      radius > 0 ? to_float(radius * double(strides[i])) : INFINITY});
+    levels.push_back({start, static_cast<int32_t>(height), static_cast<int32_t>(width), y, x, unit,
+                      low, high, reach});
     start += height * width;
   }
   return levels;

@@ -51,9 +51,8 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def("fcos_normalizers(Tensor labels, Tensor centerness, int num_classes) -> Tensor");
   m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
-      "int[] strides, float[] size_ranges, float center_sampling_radius, int boundary, "
-      "bool normalize) -> (Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, "
-      "Tensor num_pos)");
+      "float[] grids, float[] size_ranges, int boundary, bool normalize, int ties) -> "
+      "(Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, Tensor num_pos)");
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, int max_detections) "
       "-> Tensor");

@@ -4,7 +4,7 @@ Every operator has a plain-PyTorch reference of the same signature, ``<op>_ref``
 specification, the fallback where no kernel was built, and the baseline of the benchmarks.
 """
 
-from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from .assign_targets import AssignedTargets, Grid, assign_targets, assign_targets_ref
 from .box_and_centerness_loss import (
     BoxAndCenternessLoss,
     box_and_centerness_loss,
@@ -30,6 +30,7 @@ __all__ = [
     "BoxAndCenternessLoss",
     "FCOSLoss",
     "FCOSLossOptions",
+    "Grid",
     "GroundTruth",
     "PaddedKeep",
     "PaddedSoftKeep",

@@ -14,14 +14,31 @@ from ._library import kernels, register_constant
 _DEVICES = kernels("assign_targets")
 
 Boundary = Literal["inclusive", "strict", "half_open"]
+Ties = Literal["exact", "torchvision"]
 
 _BOUNDARIES: tuple[str, ...] = ("inclusive", "strict", "half_open")
 """The operator knows a rule by its place here."""
+_TIES: tuple[str, ...] = ("exact", "torchvision")
+"""As above."""
 _INTEGERS = (torch.int64, torch.int32)
 
 _MAX_LEVELS = 32
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _MAX_PAIRS = 1 << 18
 """(location, box) pairs handled at once; bounds the temporaries to some 10 MB."""
+
+
+class Grid(NamedTuple):
+    """Where the locations of a level are, if one stride does not tell it all. In pixels."""
+
+    step: tuple[float, float]
+    """From one row to the next and from one column to the next; above 0."""
+    first: tuple[float, float]
+    """y of the first row and x of the first column."""
+    unit: float
+    """What the center sampling and normalised distances are measured in; above 0."""
+    reach: float | None = None
+    """Of the center sampling, in place of ``center_sampling_radius`` units; ``math.inf``: none."""
 
 
 class AssignedTargets(NamedTuple):
@@ -47,11 +64,12 @@ def assign_targets(
     *,
     counts: Tensor | None = None,
     feature_sizes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
+    strides: Sequence[int | Grid],
     size_ranges: Sequence[tuple[float, float]],
     center_sampling_radius: float = 1.5,
     boundary: Boundary = "inclusive",
     normalize: bool = False,
+    ties: Ties = "exact",
 ) -> AssignedTargets:
     """Assign at most one ground-truth box to every location of a batch, in pixels, per FCOS.
 
@@ -67,8 +85,11 @@ def assign_targets(
        ``"half_open"`` (the only rule by which adjoining ranges share nothing and miss nothing).
 
     Of several boxes the one with the smallest area (x1 - x0)(y1 - y0) wins; of equal areas, the
-    one that comes first. Locations without a candidate are background. Source: arXiv 1904.01355,
-    sections 3.1 to 3.3; rule 2 is the center sampling that its authors added later.
+    one that comes first. With ``ties="torchvision"`` what decides is 1e8 - area, as torchvision's
+    FCOS has it: float32 numbers of this size are 8 apart, so that areas closer than that may be
+    equal; and a box of 1e8 or more never wins. Locations without a candidate are background.
+    Source: arXiv 1904.01355, sections 3.1 to 3.3; rule 2 is the center sampling that its authors
+    added later.
 
     Everything is computed in float32, each operation rounded as written here; ``radius s`` and the
     ranges are rounded to float32 too. centerness = sqrt((min(l, r) / max(l, r)) (min(t, b) /
@@ -92,11 +113,13 @@ def assign_targets(
         counts (Tensor[N]): of padded boxes, int64 or int32: image i owns the first counts[i] of its
             M boxes. What the others hold does not matter.
         feature_sizes: (height, width) of each level, in locations.
-        strides: of each level, in pixels. At most 32 levels.
+        strides: of each level, in pixels; or a :class:`Grid`, of which the stride s is short for
+            ``Grid(step=(s, s), first=(s // 2, s // 2), unit=s)``. At most 32 levels.
         size_ranges: (low, high) of each level, in pixels; ``math.inf`` is a legal bound.
         center_sampling_radius: in strides; 0 makes the whole box positive.
         boundary: which ends belong to a size range, see above.
-        normalize: divide ``ltrb`` by the stride of the level.
+        normalize: divide ``ltrb`` by the stride, or unit, of the level.
+        ties: how areas are compared, see above.
 
     Returns:
         AssignedTargets: see there; nothing is differentiable.
@@ -117,6 +140,7 @@ def assign_targets(
         size_ranges,
         center_sampling_radius,
         boundary,
+        ties,
     )
     if boxes.device.type not in _DEVICES:
         return assign_targets_ref(
@@ -130,6 +154,7 @@ def assign_targets(
             center_sampling_radius=center_sampling_radius,
             boundary=boundary,
             normalize=normalize,
+            ties=ties,
         )
     try:
         targets = torch.ops.fcos_ext.assign_targets(
@@ -137,11 +162,11 @@ def assign_targets(
             labels,
             extents,
             [side for size in feature_sizes for side in size],
-            [int(stride) for stride in strides],
+            [x for grid in _grids(strides, center_sampling_radius) for x in _numbers(grid)],
             [end for ends in size_ranges for end in ends],
-            center_sampling_radius,
             _BOUNDARIES.index(boundary),
             normalize,
+            _TIES.index(ties),
         )
     except RuntimeError:
         # On the CPU the operator checks the values; asked only now, as that takes its time.
@@ -159,11 +184,12 @@ def assign_targets_ref(
     *,
     counts: Tensor | None = None,
     feature_sizes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
+    strides: Sequence[int | Grid],
     size_ranges: Sequence[tuple[float, float]],
     center_sampling_radius: float = 1.5,
     boundary: Boundary = "inclusive",
     normalize: bool = False,
+    ties: Ties = "exact",
 ) -> AssignedTargets:
     """Same contract as :func:`assign_targets`, in plain PyTorch.
 
@@ -179,6 +205,7 @@ def assign_targets_ref(
         size_ranges,
         center_sampling_radius,
         boundary,
+        ties,
     )
     rows = _read_rows(boxes, extents)
 
@@ -190,24 +217,23 @@ def assign_targets_ref(
     centerness = boxes.new_zeros((len(rows), num_locations))
 
     start = 0
-    for (height, width), stride, (low, high) in zip(
-        feature_sizes, strides, size_ranges, strict=True
+    for (height, width), grid, ends in zip(
+        feature_sizes, _grids(strides, center_sampling_radius), size_ranges, strict=True
     ):
         level = slice(start, start + height * width)
         start = level.stop
-        locations = _locations(height, width, stride, boxes.device)
-        radius = center_sampling_radius * stride
+        locations = _locations(height, width, grid, boxes.device)
         for image, (first, last) in enumerate(rows):
             if first == last:
                 continue
-            index = _match(locations, boxes[first:last], radius, low, high, boundary)
+            index = _match(locations, boxes[first:last], grid, ends, boundary, ties)
             positive = index >= 0
             # Background rows borrow box `first` here and are overwritten with zeros below.
             distances = _distances(locations, boxes[first + index.clamp(min=0)])
             matched[image, level] = torch.where(positive, first + index, -1)
             centerness[image, level] = torch.where(positive, _centerness(distances), 0.0)
             if normalize:
-                distances = distances / stride
+                distances = distances / distances.new_tensor(grid.unit)
             ltrb[image, level] = torch.where(positive[:, None], distances, 0.0)
 
     positive = matched >= 0
@@ -217,21 +243,49 @@ def assign_targets_ref(
     return AssignedTargets(assigned, ltrb, centerness, matched, positive.sum(dim=1))
 
 
-def _locations(height: int, width: int, stride: int, device: torch.device) -> Tensor:
+def _grids(strides: Sequence[int | Grid], radius: float) -> list[Grid]:
+    """The grid of each level, with its reach."""
+    grids = []
+    for stride in strides:
+        grid = stride
+        if not isinstance(grid, Grid):
+            grid = Grid(step=(grid, grid), first=(grid // 2, grid // 2), unit=grid)
+        if grid.reach is None:
+            grid = grid._replace(reach=radius * grid.unit if radius > 0 else math.inf)
+        grids.append(grid)
+    return grids
+
+
+def _numbers(grid: Grid) -> tuple[float, ...]:
+    """Of the operator."""
+    reach = math.inf if grid.reach is None else grid.reach
+    return tuple(map(float, (*grid.step, *grid.first, grid.unit, reach)))
+
+
+def _locations(height: int, width: int, grid: Grid, device: torch.device) -> Tensor:
     """Image positions (x, y), float32 [height * width, 2], row by row."""
-    first = stride // 2
-    x = torch.arange(width, device=device, dtype=torch.float32) * stride + first
-    y = torch.arange(height, device=device, dtype=torch.float32) * stride + first
+    y, x = (
+        torch.arange(count, device=device, dtype=torch.float32) * step + first
+        for count, step, first in zip((height, width), grid.step, grid.first, strict=True)
+    )
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack((grid_x, grid_y), dim=-1).reshape(-1, 2)
 
 
 def _match(
-    locations: Tensor, boxes: Tensor, radius: float, low: float, high: float, boundary: str
+    locations: Tensor,
+    boxes: Tensor,
+    grid: Grid,
+    size_range: tuple[float, float],
+    boundary: str,
+    ties: str,
 ) -> Tensor:
     """Index into ``boxes`` [M, 4], M > 0, for each of ``locations`` [P, 2], or -1: int64 [P]."""
     x0, y0, x1, y1 = boxes[..., None].unbind(1)  # each [M, 1]
+    low, high = size_range
     area = (x1 - x0) * (y1 - y0)
+    # Of an infinite area, hence of all with an infinite coordinate, the cost is above any limit.
+    cost, limit = (area, math.inf) if ties == "exact" else (area - 1e8, 0.0)
 
     chunks = []
     for x, y in locations.t().split(max(1, _MAX_PAIRS // len(boxes)), dim=1):
@@ -240,15 +294,14 @@ def _match(
         size = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))
         # Nothing is strictly inside a box with a NaN or with a side that is not above 0.
         candidate = nearest > 0
-        if radius > 0:
-            candidate &= (x - (x0 + x1) / 2).abs() < radius
-            candidate &= (y - (y0 + y1) / 2).abs() < radius
+        if grid.reach is not None and grid.reach < math.inf:
+            candidate &= (x - (x0 + x1) / 2).abs() < grid.reach
+            candidate &= (y - (y0 + y1) / 2).abs() < grid.reach
         candidate &= (size > low) if boundary == "strict" else (size >= low)
         candidate &= (size <= high) if boundary == "inclusive" else (size < high)
         # torch.min documents that the first of equal minima is returned: the lower box index.
-        smallest, index = torch.where(candidate, area, math.inf).min(dim=0)
-        # Also leaves out the boxes with an infinite area, hence all with an infinite coordinate.
-        chunks.append(torch.where(smallest < math.inf, index, -1))
+        smallest, index = torch.where(candidate, cost, math.inf).min(dim=0)
+        chunks.append(torch.where(smallest < limit, index, -1))
     return torch.cat(chunks)
 
 
@@ -273,10 +326,11 @@ def _check(
     offsets: Tensor | None,
     counts: Tensor | None,
     feature_sizes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
+    strides: Sequence[int | Grid],
     size_ranges: Sequence[tuple[float, float]],
     center_sampling_radius: float,
     boundary: str,
+    ties: str,
 ) -> Tensor:
     """Everything but the values of tensors. Returns ``offsets`` or ``counts``, which is given."""
     if offsets is not None and counts is None:
@@ -317,6 +371,8 @@ def _check(
         )
     if boundary not in _BOUNDARIES:
         raise ValueError(f"assign_targets: boundary must be one of {_BOUNDARIES}, got {boundary!r}")
+    if ties not in _TIES:
+        raise ValueError(f"assign_targets: ties must be one of {_TIES}, got {ties!r}")
     return extents
 
 
@@ -348,7 +404,7 @@ def _read_rows(boxes: Tensor, extents: Tensor) -> list[tuple[int, int]]:
 
 def _check_levels(
     feature_sizes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
+    strides: Sequence[int | Grid],
     size_ranges: Sequence[tuple[float, float]],
 ) -> None:
     if not 0 < len(strides) == len(feature_sizes) == len(size_ranges):
@@ -367,7 +423,9 @@ def _check_levels(
                 f"got {(height, width)} at level {level}"
             )
     for level, stride in enumerate(strides):
-        if stride < 1 or stride != int(stride):
+        if isinstance(stride, Grid):
+            _check_grid(stride, level)
+        elif stride < 1 or stride != int(stride):
             raise ValueError(
                 f"assign_targets: strides must be whole numbers >= 1, got {stride} at level {level}"
             )
@@ -379,16 +437,29 @@ def _check_levels(
             )
 
 
+def _check_grid(grid: Grid, level: int) -> None:
+    reach = math.inf if grid.reach is None else grid.reach
+    if not (
+        all(_SMALLEST <= size <= _LARGEST for size in (*grid.step, grid.unit))
+        and all(abs(first) <= _LARGEST for first in grid.first)
+        and reach >= 0
+    ):
+        raise ValueError(
+            "assign_targets: a Grid must have finite steps and unit above 0, finite firsts and a "
+            f"reach >= 0, got {grid} at level {level}"
+        )
+
+
 def _fake(
     boxes: Tensor,
     labels: Tensor,
     extents: Tensor,
     feature_sizes: Sequence[int],
-    strides: Sequence[int],
+    grids: Sequence[float],
     size_ranges: Sequence[float],
-    center_sampling_radius: float,
     boundary: int,
     normalize: bool,
+    ties: int,
 ) -> tuple[Tensor, ...]:
     sides = zip(feature_sizes[::2], feature_sizes[1::2], strict=True)
     N = boxes.shape[0] if boxes.dim() == 3 else extents.shape[0] - 1

@@ -40,7 +40,7 @@ std::vector<Tile> tiles_of(const std::vector<Level>& levels) {
 
 // The best box of each location of a tile.
 struct Best {
-  float area[kTile];   // infinite: none
+  float cost[kTile];   // the limit of `Ties`: none
   int32_t row[kTile];  // among those of the image
   // Rows of locations from here to there, of the tile, have been tested; none at first, and then
   // the arrays are not filled either.
@@ -53,9 +53,11 @@ struct Range {
 };
 
 // Indices within [begin, end) outside of which the rules do not hold, along one axis, for a box
-// from low to high. Computed in float64, and widened by more than all roundings together: those of
-// a location and of a distance are at most 2^-23 of it.
-FCOS_INLINE Range window_of(const Level& level, float low, float high, int32_t begin, int32_t end) {
+// from low to high. Computed in float64, and widened by more than all roundings together: that of a
+// location is at most 2^-23 of it and of the first one; a distance is rounded to the other side of
+// a bound only where that is the range, by 2^-24.
+FCOS_INLINE Range window_of(const Level& level, const Axis& axis, float low, float high,
+                            int32_t begin, int32_t end) {
   constexpr double kRelative = 1.0 / (1 << 21), kAbsolute = 1.0 / (1 << 20);
   const double longest = double(level.high) * (1.0 + 1.0 / (1 << 23));
   const double center = center_of(low, high);
@@ -65,11 +67,12 @@ FCOS_INLINE Range window_of(const Level& level, float low, float high, int32_t b
     first = std::max(first, center - level.reach);
     last = std::min(last, center + level.reach);
   }
-  const double scale = 1.0 / level.stride;
-  first = (first - level.first) * scale;
-  last = (last - level.first) * scale;
-  first -= kAbsolute + std::fabs(first) * kRelative;
-  last += kAbsolute + std::fabs(last) * kRelative;
+  const double scale = 1.0 / axis.step, origin = axis.first;
+  const double margin = kRelative * std::fabs(origin);
+  first -= kRelative * std::fabs(first) + margin;
+  last += kRelative * std::fabs(last) + margin;
+  first = (first - origin) * scale - kAbsolute;
+  last = (last - origin) * scale + kAbsolute;
   // One more than the last that counts, and within the range before it becomes an integer.
   first = std::min(std::max(std::ceil(first), double(begin)), double(end));
   last = std::min(std::max(std::floor(last) + 1.0, double(begin)), double(end));
@@ -77,35 +80,35 @@ FCOS_INLINE Range window_of(const Level& level, float low, float high, int32_t b
 }
 
 // Tests the box `row` against all locations of its window.
-FCOS_INLINE void scatter_box(const Level& level, const Tile& tile, const Box& box, int32_t row,
-                             Best& best) {
+FCOS_INLINE void scatter_box(const Level& level, const Ties& ties, const Tile& tile, const Box& box,
+                             int32_t row, Best& best) {
   if (!may_be_in_range(level, box)) return;
-  if (!may_hold(level, location_of(level, tile.y0), location_of(level, tile.y1 - 1), box.y0,
+  if (!may_hold(level, location_of(level.y, tile.y0), location_of(level.y, tile.y1 - 1), box.y0,
                 box.y1))
     return;
-  const Range ys = window_of(level, box.y0, box.y1, tile.y0, tile.y1);
+  const Range ys = window_of(level, level.y, box.y0, box.y1, tile.y0, tile.y1);
   if (ys.first >= ys.last) return;
-  const Range xs = window_of(level, box.x0, box.x1, tile.x0, tile.x1);
+  const Range xs = window_of(level, level.x, box.x0, box.x1, tile.x0, tile.x1);
   if (best.first_y >= best.last_y)
-    std::fill_n(best.area, (tile.x1 - tile.x0) * (tile.y1 - tile.y0), INFINITY);
+    std::fill_n(best.cost, (tile.x1 - tile.x0) * (tile.y1 - tile.y0), ties.limit);
   best.first_y = std::min(best.first_y, ys.first);
   best.last_y = std::max(best.last_y, ys.last);
-  const float area = area_of(box);
+  const float cost = cost_of(ties, area_of(box));
   const float center_x = center_of(box.x0, box.x1), center_y = center_of(box.y0, box.y1);
   for (int32_t y = ys.first; y < ys.last; ++y) {
-    const float py = location_of(level, y);
+    const float py = location_of(level.y, y);
     if (!is_inside(level, py, box.y0, box.y1, center_y)) continue;
     const float longest_y = longest_side(py, box.y0, box.y1);
     const int32_t offset = (y - tile.y0) * (tile.x1 - tile.x0) - tile.x0;
-    float* areas = best.area + offset;
+    float* costs = best.cost + offset;
     int32_t* rows = best.row + offset;
 #pragma omp simd
     for (int32_t x = xs.first; x < xs.last; ++x) {
-      const float px = location_of(level, x);
+      const float px = location_of(level.x, x);
       const bool wins = is_inside(level, px, box.x0, box.x1, center_x) &
                         is_in_range(level, longest_side(px, box.x0, box.x1), longest_y) &
-                        (area < areas[x]);
-      areas[x] = wins ? area : areas[x];
+                        (cost < costs[x]);
+      costs[x] = wins ? cost : costs[x];
       rows[x] = wins ? row : rows[x];
     }
   }
@@ -114,6 +117,7 @@ FCOS_INLINE void scatter_box(const Level& level, const Tile& tile, const Box& bo
 struct Batch {
   Boxes boxes;
   TargetPointers out;
+  Ties ties;
   bool normalize;
   int64_t num_locations;
 };
@@ -122,9 +126,9 @@ struct Batch {
 FCOS_INLINE void store(const Batch& batch, const Level& level, int32_t x, int32_t y, int64_t row,
                        int64_t at) {
   const Box box = batch.boxes[row];
-  const float px = location_of(level, x), py = location_of(level, y);
+  const float px = location_of(level.x, x), py = location_of(level.y, y);
   const float l = px - box.x0, t = py - box.y0, r = box.x1 - px, b = box.y1 - py;
-  const float unit = batch.normalize ? level.stride : 1.0f;
+  const float unit = batch.normalize ? level.unit : 1.0f;
   batch.out.labels[at] = batch.boxes.labels[row];
   batch.out.matched[at] = row;
   batch.out.centerness[at] = centerness_of(l, t, r, b);
@@ -151,11 +155,11 @@ FCOS_INLINE int64_t store_row(const Batch& batch, const Level& level, const Tile
   for (int32_t x = 0; x < width; x += kStretch) {
     const int32_t end = std::min(x + kStretch, width);
     int32_t found = 0;
-    for (int32_t k = x; k < end; ++k) found += best.area[offset + k] < INFINITY;
+    for (int32_t k = x; k < end; ++k) found += best.cost[offset + k] < batch.ties.limit;
     if (found == 0) continue;
     positives += found;
     for (int32_t k = x; k < end; ++k)
-      if (best.area[offset + k] < INFINITY)
+      if (best.cost[offset + k] < batch.ties.limit)
         store(batch, level, tile.x0 + k, y, first_box + best.row[offset + k], at + k);
   }
   return positives;
@@ -169,7 +173,8 @@ FCOS_INLINE void assign_tile(const Batch& batch, const Level& level, const Tile&
   best.last_y = tile.y0;
   for (int64_t row = rows.first; row < rows.last; ++row) {
     const Box box = batch.boxes[row];
-    if (is_proper(box)) scatter_box(level, tile, box, static_cast<int32_t>(row - rows.first), best);
+    if (is_proper(box))
+      scatter_box(level, batch.ties, tile, box, static_cast<int32_t>(row - rows.first), best);
   }
   const int64_t start = image * batch.num_locations + level.start + tile.x0;
   const auto row_at = [&](int32_t y) { return start + int64_t(y) * level.width; };
@@ -226,17 +231,15 @@ void check_extents(const Boxes& boxes, int64_t N) {
 
 Targets assign_targets_cpu(const Tensor& boxes, const Tensor& labels, const Tensor& extents,
                            const std::vector<int64_t>& feature_sizes,
-                           const std::vector<int64_t>& strides,
-                           const std::vector<double>& size_ranges, double center_sampling_radius,
-                           int64_t boundary, bool normalize) {
+                           const std::vector<double>& grids, const std::vector<double>& size_ranges,
+                           int64_t boundary, bool normalize, int64_t ties) {
   check_assign_targets(boxes, labels, extents);
-  const std::vector<Level> levels =
-      levels_of(feature_sizes, strides, size_ranges, center_sampling_radius, boundary);
+  const std::vector<Level> levels = levels_of(feature_sizes, grids, size_ranges, boundary);
   const GroundTruth truth(boxes, labels, extents);
   const int64_t N = truth.num_images(), L = num_locations(levels);
   check_extents(truth.rows(), N);
   Targets targets = new_targets(boxes, N, L);
-  assign_images({truth.rows(), TargetPointers(targets), normalize, L}, levels, N);
+  assign_images({truth.rows(), TargetPointers(targets), ties_of(ties), normalize, L}, levels, N);
   return targets;
 }
 

@@ -24,7 +24,7 @@ struct Levels {
 // What is left of a chunk of boxes, in their order.
 struct Survivors {
   Box box[kThreads];
-  float area[kThreads];
+  float cost[kThreads];
   int32_t row[kThreads];  // among those of the image
 };
 
@@ -49,7 +49,8 @@ __device__ __forceinline__ int count_before(bool keep, int (&of_warp)[kWarps], i
 // no location of the tile can have, and then each thread tests those that are left at its location.
 __global__ void __launch_bounds__(kThreads)
     assign_targets_kernel(const __grid_constant__ Levels levels, const Boxes boxes,
-                          const TargetPointers out, int64_t num_items, bool normalize) {
+                          const TargetPointers out, int64_t num_items, const Ties ties,
+                          bool normalize) {
   __shared__ Survivors survivors;
   __shared__ int of_warp[kWarps];
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
@@ -63,14 +64,14 @@ __global__ void __launch_bounds__(kThreads)
     const int x0 = static_cast<int>(tile - tile_y * levels.tiles_across[number]) * kColumns;
     const int y0 = static_cast<int>(tile_y) * kRows;
     const int x = x0 + threadIdx.x % kColumns, y = y0 + threadIdx.x / kColumns;
-    const float px = location_of(level, x), py = location_of(level, y);
-    const float last_px = location_of(level, min(x0 + kColumns, level.width) - 1);
-    const float last_py = location_of(level, min(y0 + kRows, level.height) - 1);
-    const float first_px = location_of(level, x0), first_py = location_of(level, y0);
+    const float px = location_of(level.x, x), py = location_of(level.y, y);
+    const float last_px = location_of(level.x, min(x0 + kColumns, level.width) - 1);
+    const float last_py = location_of(level.y, min(y0 + kRows, level.height) - 1);
+    const float first_px = location_of(level.x, x0), first_py = location_of(level.y, y0);
 
     const Rows rows = boxes.rows_of(image);
     const int num_rows = static_cast<int>(rows.last - rows.first);
-    float best_area = INFINITY;
+    float best_cost = ties.limit;
     int best_row = -1;
     for (int chunk = 0; chunk < num_rows; chunk += kThreads) {
       const int row = chunk + static_cast<int>(threadIdx.x);
@@ -86,17 +87,17 @@ __global__ void __launch_bounds__(kThreads)
       const int place = count_before(keep, of_warp, count);
       if (keep) {
         survivors.box[place] = box;
-        survivors.area[place] = area_of(box);
+        survivors.cost[place] = cost_of(ties, area_of(box));
         survivors.row[place] = row;
       }
       __syncthreads();
       for (int i = 0; i < count; ++i) {
         const Box b = survivors.box[i];
-        const float area = survivors.area[i];
-        if (area < best_area && is_inside(level, px, b.x0, b.x1, center_of(b.x0, b.x1)) &&
+        const float cost = survivors.cost[i];
+        if (cost < best_cost && is_inside(level, px, b.x0, b.x1, center_of(b.x0, b.x1)) &&
             is_inside(level, py, b.y0, b.y1, center_of(b.y0, b.y1)) &&
             is_in_range(level, longest_side(px, b.x0, b.x1), longest_side(py, b.y0, b.y1))) {
-          best_area = area;
+          best_cost = cost;
           best_row = survivors.row[i];
         }
       }
@@ -120,10 +121,10 @@ __global__ void __launch_bounds__(kThreads)
       ltrb = make_float4(px - b.x0, py - b.y0, b.x1 - px, b.y1 - py);
       centerness = centerness_of(ltrb.x, ltrb.y, ltrb.z, ltrb.w);
       if (normalize) {
-        ltrb.x /= level.stride;
-        ltrb.y /= level.stride;
-        ltrb.z /= level.stride;
-        ltrb.w /= level.stride;
+        ltrb.x /= level.unit;
+        ltrb.y /= level.unit;
+        ltrb.z /= level.unit;
+        ltrb.w /= level.unit;
       }
     }
     const int64_t at = image * levels.num_locations + level.start + int64_t(y) * level.width + x;
@@ -151,12 +152,12 @@ Levels cut_into_tiles(const std::vector<Level>& from) {
 
 Targets assign_targets_cuda(const Tensor& boxes, const Tensor& labels, const Tensor& extents,
                             const std::vector<int64_t>& feature_sizes,
-                            const std::vector<int64_t>& strides,
-                            const std::vector<double>& size_ranges, double center_sampling_radius,
-                            int64_t boundary, bool normalize) {
+                            const std::vector<double>& grids,
+                            const std::vector<double>& size_ranges, int64_t boundary,
+                            bool normalize, int64_t ties) {
   check_assign_targets(boxes, labels, extents);
-  const Levels levels = cut_into_tiles(
-      levels_of(feature_sizes, strides, size_ranges, center_sampling_radius, boundary));
+  const Levels levels = cut_into_tiles(levels_of(feature_sizes, grids, size_ranges, boundary));
+  const Ties rule = ties_of(ties);
   const GroundTruth truth(boxes, labels, extents);
   const int64_t N = truth.num_images(), num_items = N * levels.num_tiles;
   Targets targets = new_targets(boxes, N, levels.num_locations);
@@ -164,7 +165,7 @@ Targets assign_targets_cuda(const Tensor& boxes, const Tensor& labels, const Ten
   const TargetPointers out(targets);
   clear(out.num_pos, N * sizeof(int64_t), boxes);
   launch(&assign_targets_kernel, grid_for(num_items), dim3(kThreads), 0, boxes, levels,
-         truth.rows(), out, num_items, normalize);
+         truth.rows(), out, num_items, rule, normalize);
   return targets;
 }
 

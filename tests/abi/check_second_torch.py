@@ -70,17 +70,24 @@ def check_assign_targets() -> None:
         {"boundary": "strict"},
         {"boundary": "half_open"},
         {"normalize": True},
+        {"ties": "torchvision"},
     ]
+    grid = fcos_ext.Grid(step=(9.0, 10.5), first=(3.0, 5.5), unit=8.0, reach=14.5)
+    for change in ({"step": (8.0, 10.5)}, {"first": (3.0, 9.0)}, {"unit": 5.0}, {"reach": 9.0}):
+        strides_ = [grid._replace(**change), *strides[1:]]
+        changes.append({"strides": strides_, "normalize": True})
     for i in range(3):
         changes.append({"strides": [*strides[:i], strides[i] + 5, *strides[i + 1 :]]})
         for size in ((5, sizes[i][1]), (sizes[i][0], 7)):
             changes.append({"feature_sizes": [*sizes[:i], size, *sizes[i + 1 :]]})
         for ends in ((ranges[i][0] + 25.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 12.25)):
             changes.append({"size_ranges": [*ranges[:i], ends, *ranges[i + 1 :]]})
-    # of sizes that make each change show, and one, by itself, on the border between two levels
+    # of sizes that make each change show; by themselves, one on the border between two levels, and
+    # two whose areas are so close that they are a tie for torchvision
     corner = torch.stack([torch.randint(20, (60,)), torch.randint(50, (60,))], dim=1).mul(4.0)
     boxes = torch.cat([corner, corner + 2.0 ** torch.randint(4, 8, (60, 2))], dim=1)
     boxes[0] = torch.tensor([212.0, 100.0, 276.0, 164.0])
+    boxes[1:3] = torch.tensor([[220.0, 8.0, 250.0, 40.0], [220.0, 8.0, 250.0, 39.96]])
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}

@@ -12,10 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcos_ext.assign_targets import AssignedTargets
+from fcos_ext.assign_targets import AssignedTargets, Grid
 
 INF = math.inf
 RULES = ("inclusive", "strict", "half_open")
+TIES = ("exact", "torchvision")
+
+
+def numbers_of(stride: int | Grid, radius: float) -> list[float]:
+    """The grid of a level as the operator takes it."""
+    if isinstance(stride, Grid):
+        reach, unit, steps, firsts = stride.reach, stride.unit, stride.step, stride.first
+    else:
+        reach, unit, steps, firsts = None, stride, (stride, stride), (stride // 2, stride // 2)
+    if reach is None:
+        reach = radius * unit if radius else INF
+    return [float(x) for x in (*steps, *firsts, unit, reach)]
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,13 @@ class Case:
     images: list[np.ndarray]
     """float32 [M, 4] of each image."""
     feature_sizes: Sequence[tuple[int, int]]
-    strides: Sequence[int]
+    strides: Sequence[int | Grid]
     size_ranges: Sequence[tuple[float, float]]
     radius: float = 1.5
     boundary: str = "inclusive"
     normalize: bool = False
     padded: bool = False
+    ties: str = "exact"
     integers: torch.dtype = torch.int64
     """dtype of labels and of offsets or counts."""
     padding: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
@@ -67,11 +80,11 @@ class Case:
         return (
             *self.tensors(),
             [side for size in self.feature_sizes for side in size],
-            list(self.strides),
+            [x for stride in self.strides for x in numbers_of(stride, self.radius)],
             [float(end) for ends in self.size_ranges for end in ends],
-            self.radius,
             RULES.index(self.boundary),
             self.normalize,
+            TIES.index(self.ties),
         )
 
     def options(self) -> dict[str, Any]:
@@ -83,6 +96,7 @@ class Case:
             "center_sampling_radius": self.radius,
             "boundary": self.boundary,
             "normalize": self.normalize,
+            "ties": self.ties,
         }
 
 
@@ -113,17 +127,22 @@ def assign_image(case: Case, boxes: np.ndarray, first_row: int) -> tuple[np.ndar
     levels = []
     x0, y0, x1, y1 = boxes.T[:, None, :]  # each [1, M]
     area = (x1 - x0) * (y1 - y0)
+    # The greatest 1e8 - area that is above 0 wins, for torchvision.
+    cost = area if case.ties == "exact" else -(f32(1e8) - area)
     for (height, width), stride, (low, high) in zip(
         case.feature_sizes, case.strides, case.size_ranges, strict=True
     ):
-        low, high, reach = f32(low), f32(high), f32(case.radius * stride)
+        low, high = f32(low), f32(high)
+        *axes, unit, reach = (f32(x) for x in numbers_of(stride, case.radius))
+        step_y, step_x, first_y, first_x = axes
         row, column = np.divmod(np.arange(height * width), width)
-        x = (column.astype(f32) * f32(stride) + f32(stride // 2))[:, None]
-        y = (row.astype(f32) * f32(stride) + f32(stride // 2))[:, None]
+        x = (column.astype(f32) * step_x + first_x)[:, None]
+        y = (row.astype(f32) * step_y + first_y)[:, None]
         sides = np.stack([x - x0, y - y0, x1 - x, y1 - y], axis=-1)  # [locations, M, 4]
         assert sides.dtype == f32
         candidate = (sides > 0).all(-1) & np.isfinite(area)
-        if case.radius > 0:
+        candidate &= cost < (INF if case.ties == "exact" else 0)
+        if reach < INF:
             candidate &= np.abs(x - (x0 + x1) / f32(2)) < reach
             candidate &= np.abs(y - (y0 + y1) / f32(2)) < reach
         longest = sides.max(-1)
@@ -133,8 +152,8 @@ def assign_image(case: Case, boxes: np.ndarray, first_row: int) -> tuple[np.ndar
         matched = np.full(height * width, -1)
         ltrb = np.zeros((height * width, 4), f32)
         centerness = np.zeros(height * width, f32)
-        # Boxes by area, and those of equal areas by index: the first candidate is the best.
-        order = np.lexsort((np.arange(len(boxes)), area[0]))
+        # Boxes by cost, and those of equal costs by index: the first candidate is the best.
+        order = np.lexsort((np.arange(len(boxes)), cost[0]))
         candidate = candidate[:, order]
         (found,) = candidate.any(1).nonzero()
         if len(found):
@@ -147,7 +166,7 @@ def assign_image(case: Case, boxes: np.ndarray, first_row: int) -> tuple[np.ndar
             )
             centerness[found] = np.sqrt(ratio)
             if case.normalize:
-                ltrb[found] /= f32(stride)
+                ltrb[found] /= unit
         levels.append((ltrb, centerness, matched))
     return tuple(np.concatenate(parts) for parts in zip(*levels, strict=True))
 
@@ -177,7 +196,7 @@ def random_case(rng: random.Random) -> Case:
     return Case(
         images=images,
         feature_sizes=feature_sizes,
-        strides=strides,
+        strides=[random_grid(rng, s) if rng.random() < 0.4 else s for s in strides],
         size_ranges=size_ranges,
         radius=rng.choice([0.0, 0.0, 1.5, 1.5, 1.0, 0.5, 2.25, rng.random() * 4, 1e9, INF, 1e-9]),
         boundary=rng.choice(RULES),
@@ -185,6 +204,20 @@ def random_case(rng: random.Random) -> Case:
         padded=padded,
         integers=rng.choice([torch.int32, torch.int64]),
         padding=np.zeros((rng.choice([0, 0, 3]), 4), np.float32),
+        ties=rng.choice(TIES),
+    )
+
+
+def random_grid(rng: random.Random, stride: int) -> Grid:
+    """Near the stride, so that boxes made for that are somewhere around its locations."""
+    return Grid(
+        step=(
+            stride * rng.choice([1, 0.9, 1.1]),
+            stride * rng.choice([1, 0.93, rng.random() + 0.1]),
+        ),
+        first=(rng.choice([0, 0.3, -7.7, 1e3]), rng.choice([0, 1.1, -40, stride / 2])),
+        unit=stride * rng.choice([1, 1.3, 0.7]),
+        reach=rng.choice([None, None, 1.1 * stride, INF, 0.0]),
     )
 
 
@@ -224,6 +257,10 @@ def random_boxes(rng: random.Random, strides: Sequence[int], ranges: Any) -> np.
             r = np.nextafter(np.float32(x + rng.choice(ends)), np.float32(rng.choice([x, 1e9])))
             r = rng.choice([float(r), x + rng.choice(ends)])
             boxes.append((x - rng.random() * 9, y - rng.random() * 9, r, y + rng.random() * 30))
+        elif kind == 5 and rng.random() < 0.2:  # too large for torchvision, or just not
+            x, y = rng.uniform(-5e3, -4e3), rng.uniform(-5e3, -4e3)
+            w = rng.uniform(9e3, 1.1e4)
+            boxes.append((x, y, x + w, y + 1e8 / w + rng.choice([0, -1e-3, 1e-3, -0.3])))
         elif kind == 5 and rng.random() < 0.5:
             odd = [math.nan, INF, -INF, 3e38, -3e38, 1e20, -1e20, 1e-40, 0.0, 20.0, 1e7]
             boxes.append(tuple(rng.choice(odd) for _ in range(4)))

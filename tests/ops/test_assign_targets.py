@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from benchmarks.bench_assign_targets import feature_sizes, make_boxes
-from fcos_ext import AssignedTargets, _host, assign_targets, assign_targets_ref
+from fcos_ext import AssignedTargets, Grid, _host, assign_targets, assign_targets_ref
 from fcos_ext._library import kernels
-from tests.ops.assign_targets_oracle import RULES, random_case
+from tests.ops.assign_targets_oracle import RULES, TIES, numbers_of, random_case
 from tests.simt.build import SimtLibrary, load_simt_library
 
 OP = torch.ops.fcos_ext.assign_targets.default
@@ -39,12 +39,17 @@ OPTIONS: dict[str, Any] = {
     "strides": STRIDES,
     "size_ranges": SIZE_RANGES,
 }
-#: The geometry as the operator takes it.
-GEOMETRY = (
-    [side for size in OPTIONS["feature_sizes"] for side in size],
-    STRIDES,
-    [float(end) for ends in SIZE_RANGES for end in ends],
-)
+
+
+def geometry(
+    radius: float, strides: Sequence[int | Grid] = STRIDES
+) -> tuple[list[int], list[float], list[float]]:
+    """feature_sizes, grids and size_ranges as the operator takes them."""
+    return (
+        [side for size in OPTIONS["feature_sizes"] for side in size],
+        [number for stride in strides for number in numbers_of(stride, radius)],
+        [float(end) for ends in SIZE_RANGES for end in ends],
+    )
 
 
 def make_packed(
@@ -101,7 +106,7 @@ def test_matches_reference(
     device: str, form: str, radius: float, boundary: Any, normalize: bool
 ) -> None:
     tensors = FORMS[form](device=device)
-    actual = OP(*tensors, *GEOMETRY, radius, RULES.index(boundary), normalize)
+    actual = OP(*tensors, *geometry(radius), RULES.index(boundary), normalize, 0)
     truth = reference(
         *tensors, center_sampling_radius=radius, boundary=boundary, normalize=normalize
     )
@@ -112,7 +117,7 @@ def test_matches_reference(
 @pytest.mark.parametrize("counts", [(), (0,), (0, 0), (1,), (255, 256, 257)], ids=str)
 def test_numbers_of_boxes(device: str, counts: tuple[int, ...]) -> None:
     tensors = make_packed(counts, device=device) if counts else no_images(device)
-    actual = OP(*tensors, *GEOMETRY, 1.5, 0, False)
+    actual = OP(*tensors, *geometry(1.5), 0, False, 0)
     assert_same(actual, reference(*tensors))
     assert actual[0].shape == (len(counts), sum(h * w for h, w in OPTIONS["feature_sizes"]))
 
@@ -130,20 +135,20 @@ def test_dtypes(device: str, dtype: torch.dtype, integers: torch.dtype, form: st
     if dtype == torch.float64:
         boxes = boxes + 1e-9  # rounded to float32, not used as it is
     tensors = boxes, labels.to(integers), extents.to(integers)
-    assert_same(OP(*tensors, *GEOMETRY, 1.5, 0, False), reference(*tensors))
+    assert_same(OP(*tensors, *geometry(1.5), 0, False, 0), reference(*tensors))
 
 
-@pytest.mark.parametrize("number", range(len(GEOMETRY[2])))
+@pytest.mark.parametrize("number", range(len(geometry(0.0)[2])))
 def test_every_end_of_every_range_counts(device: str, number: int) -> None:
     """As does every stride and size: schema types are not checked against those of C++."""
     tensors = make_packed((60,), device=device)
-    ends = list(GEOMETRY[2])
+    ends = list(geometry(0.0)[2])
     ends[number] = [14.3, 12.3, 21.3, 26.3, 37.3, 52.3, 76.3, 109.3, 149.3, 140.3][number]
     ranges = list(zip(ends[::2], ends[1::2], strict=True))
-    changed = OP(*tensors, GEOMETRY[0], STRIDES, ends, 0.0, 0, False)
+    changed = OP(*tensors, *geometry(0.0)[:2], ends, 0, False, 0)
     options = OPTIONS | {"size_ranges": ranges}
     assert_same(changed, reference(*tensors, options=options, center_sampling_radius=0.0))
-    assert not torch.equal(changed[0], OP(*tensors, *GEOMETRY, 0.0, 0, False)[0])
+    assert not torch.equal(changed[0], OP(*tensors, *geometry(0.0), 0, False, 0)[0])
 
 
 @pytest.mark.parametrize("level", range(5))
@@ -153,9 +158,40 @@ def test_every_stride_and_size_counts(device: str, level: int) -> None:
     strides[level] += 3
     sizes[level] = (sizes[level][0] + 1, sizes[level][1] + 2)
     flat = [side for size in sizes for side in size]
-    actual = OP(*tensors, flat, strides, GEOMETRY[2], 1.5, 0, True)
+    actual = OP(*tensors, flat, geometry(1.5, strides)[1], geometry(0.0)[2], 0, True, 0)
     options = OPTIONS | {"feature_sizes": sizes, "strides": strides}
     assert_same(actual, reference(*tensors, options=options, normalize=True))
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_every_number_of_a_grid_counts(device: str, number: int) -> None:
+    tensors = make_packed((60,), device=device)
+    sizes, grids, ends = geometry(1.5)
+    grids[6 + number] *= 0.5
+    actual = OP(*tensors, sizes, grids, ends, 0, True, 0)
+    levels: list[int | Grid] = [
+        Grid((step_y, step_x), (y, x), unit, reach)
+        for step_y, step_x, y, x, unit, reach in zip(*[iter(grids)] * 6, strict=True)
+    ]
+    truth = reference(*tensors, options=OPTIONS | {"strides": levels}, normalize=True)
+    assert_same(actual, truth)
+    before = OP(*tensors, *geometry(1.5), 0, True, 0)
+    assert not torch.equal(actual[1], before[1])
+    for part in (slice(24 * 40), slice(24 * 40 + 12 * 20, None)):  # of the other levels
+        assert torch.equal(actual[1][:, part], before[1][:, part])
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_ties(device: str, ties: Any) -> None:
+    """Many boxes of nearly the same area, in which the rules disagree."""
+    boxes, labels, offsets = make_packed((200, 0, 90), device=device)
+    corner = boxes[:, :2]
+    sides = torch.rand(len(boxes), 1, generator=torch.Generator().manual_seed(0)).to(boxes) / 8 + 60
+    tensors = torch.cat([corner, corner + sides], dim=1), labels, offsets
+    actual = OP(*tensors, *geometry(0.0), 0, False, TIES.index(ties))
+    assert_same(actual, reference(*tensors, ties=ties, center_sampling_radius=0.0))
+    other = OP(*tensors, *geometry(0.0), 0, False, 1 - TIES.index(ties))
+    assert (actual[3] != other[3]).sum() > 20
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
@@ -167,8 +203,8 @@ def test_opcheck(device: str, form: str, strided: bool) -> None:
         labels = labels.repeat_interleave(2, dim=-1)[..., ::2]
         extents = extents.repeat_interleave(2)[::2]
         assert not (boxes.is_contiguous() or labels.is_contiguous() or extents.is_contiguous())
-    opcheck(OP, (boxes, labels, extents, *GEOMETRY, 1.5, 2, True))
-    actual = OP(boxes, labels, extents, *GEOMETRY, 1.5, 2, True)
+    opcheck(OP, (boxes, labels, extents, *geometry(1.5), 2, True, 0))
+    actual = OP(boxes, labels, extents, *geometry(1.5), 2, True, 0)
     assert_same(actual, reference(boxes, labels, extents, boundary="half_open", normalize=True))
 
 
@@ -176,7 +212,7 @@ def test_misaligned_boxes(device: str) -> None:
     boxes, labels, offsets = make_packed(device=device)
     shifted = torch.cat([boxes.new_zeros(1), boxes.flatten()])[1:].view(-1, 4)
     assert shifted.is_contiguous() and shifted.data_ptr() % 16 != 0
-    actual = OP(shifted, labels, offsets, *GEOMETRY, 1.5, 0, False)
+    actual = OP(shifted, labels, offsets, *geometry(1.5), 0, False, 0)
     assert_same(actual, reference(boxes, labels, offsets))
 
 
@@ -198,7 +234,7 @@ def test_nothing_is_differentiable(device: str, function: Any) -> None:
     boxes, labels, offsets = make_packed(device=device)
     leaf = boxes.clone().requires_grad_()
     options = OPTIONS
-    arguments = (*GEOMETRY, 1.5, 0, False) if function is OP else ()
+    arguments = (*geometry(1.5), 0, False, 0) if function is OP else ()
     if function is OP:
         options = {}
     for given in (leaf, leaf.double() * 1):
@@ -211,7 +247,7 @@ def test_deterministic(device: str, threads: Callable[[int], None]) -> None:
     results = []
     for count in (1, 2, 3, 2):
         threads(count)
-        results.append(OP(*tensors, *GEOMETRY, 0.0, 0, True))
+        results.append(OP(*tensors, *geometry(0.0), 0, True, 0))
     for other in results[1:]:
         assert_same(other, results[0])
 
@@ -230,16 +266,16 @@ def test_cuda_graph() -> None:
     capacity = [make_padded((*c, 40), device="cuda") for c in counts]
     static = [t.clone() for t in capacity[0]]
     graph = torch.cuda.CUDAGraph()
-    OP(*static, *GEOMETRY, 1.5, 0, False)  # once before, so that nothing is loaded meanwhile
+    OP(*static, *geometry(1.5), 0, False, 0)  # once before, so that nothing is loaded meanwhile
     with torch.cuda.graph(graph):
-        targets = OP(*static, *GEOMETRY, 1.5, 0, False)
+        targets = OP(*static, *geometry(1.5), 0, False, 0)
     for tensors in capacity:
         for ours, new in zip(static, tensors, strict=True):
             ours.copy_(new)
         torch.cuda.set_sync_debug_mode("error")
         try:
             graph.replay()
-            OP(*static, *GEOMETRY, 1.5, 0, False)
+            OP(*static, *geometry(1.5), 0, False, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert_same(targets, reference(*tensors))
@@ -262,7 +298,7 @@ def test_instruction_sets(tmp_path: Path) -> None:
     rng = random.Random(0)
     cases = [random_case(rng).arguments() for _ in range(100)]
     for form, radius in itertools.product(FORMS, (0.0, 1.5)):
-        cases.append((*FORMS[form]((300, 30)), *GEOMETRY, radius, 0, True))
+        cases.append((*FORMS[form]((300, 30)), *geometry(radius), 0, True, 0))
     torch.save(cases, tmp_path / "cases.pt")
     running = []
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_host.cpu_isa()) + 1]
@@ -294,7 +330,7 @@ def test_simt(simt: SimtLibrary, form: str, radius: float, seed: int) -> None:
     simt.set_seed(seed)
     before = simt.launches
     with simt.guarded_memory():
-        actual = torch.ops.fcos_ext_simt.assign_targets(*tensors, *GEOMETRY, radius, 0, True)
+        actual = torch.ops.fcos_ext_simt.assign_targets(*tensors, *geometry(radius), 0, True, 0)
     assert simt.launches - before == 1
     assert_same(actual, reference(*tensors, center_sampling_radius=radius, normalize=True))
 
@@ -303,9 +339,9 @@ def test_simt_strided_and_empty(simt: SimtLibrary) -> None:
     op = torch.ops.fcos_ext_simt.assign_targets
     boxes, labels, offsets = make_packed()
     with simt.guarded_memory():
-        strided = op(boxes.t().contiguous().t(), labels, offsets, *GEOMETRY, 1.5, 0, False)
+        strided = op(boxes.t().contiguous().t(), labels, offsets, *geometry(1.5), 0, False, 0)
         before = simt.launches
-        nothing = op(*no_images("cpu"), *GEOMETRY, 1.5, 0, False)
+        nothing = op(*no_images("cpu"), *geometry(1.5), 0, False, 0)
     assert simt.launches == before
     assert_same(strided, reference(boxes, labels, offsets))
     assert_same(nothing, reference(*no_images("cpu")))
@@ -351,7 +387,7 @@ def check_clamped(
 ) -> None:
     if function == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    options = (*GEOMETRY, 1.5, 0, False)
+    options = (*geometry(1.5), 0, False, 0)
     if function == "cuda":
         actual = [t.cpu() for t in OP(boxes.cuda(), labels.cuda(), extents.cuda(), *options)]
     else:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcos_ext import assign_targets, assign_targets_ref
+from fcos_ext import Grid, assign_targets, assign_targets_ref
 from tests.simt.build import load_simt_library
 
 INF = math.inf
+GRID = Grid(step=(8, 8), first=(0, 0), unit=8, reach=INF)
 ONE_LEVEL: dict[str, Any] = {
     "feature_sizes": [(4, 4)],
     "strides": [8],
@@ -92,6 +93,16 @@ def test_reference_has_the_same_signature() -> None:
         ({"center_sampling_radius": -1.0}, ValueError, "center_sampling_radius must be >= 0, got"),
         ({"center_sampling_radius": math.nan}, ValueError, "center_sampling_radius must .* nan"),
         ({"boundary": "open"}, ValueError, "boundary must be one of .*'half_open'.*, got 'open'"),
+        ({"ties": "first"}, ValueError, r"ties must be one of \('exact', .*\), got 'first'"),
+        ({"strides": [GRID._replace(step=(8, 0))]}, ValueError, "Grid must have .* at level 0"),
+        ({"strides": [GRID._replace(step=(INF, 8))]}, ValueError, "Grid must have finite steps"),
+        ({"strides": [GRID._replace(first=(0, -INF))]}, ValueError, "Grid must .* finite firsts"),
+        (
+            {"strides": [GRID._replace(unit=math.nan)]},
+            ValueError,
+            "Grid .* unit above 0.* unit=nan",
+        ),
+        ({"strides": [GRID._replace(reach=-1)]}, ValueError, "Grid must .* reach >= 0.*reach=-1"),
     ],
 )
 def test_errors(function: Any, changes: dict[str, Any], error: Any, message: str) -> None:
@@ -113,12 +124,17 @@ ARGUMENTS: dict[str, Any] = {
     "labels": LABELS,
     "extents": OFFSETS,
     "feature_sizes": [4, 4],
-    "strides": [8],
+    "grids": [8.0, 8.0, 4.0, 4.0, 8.0, 12.0],
     "size_ranges": [0.0, INF],
-    "center_sampling_radius": 1.5,
     "boundary": 0,
     "normalize": False,
+    "ties": 0,
 }
+
+
+def grid(**changes: float) -> dict[str, Any]:
+    numbers = {"step_y": 8.0, "step_x": 8.0, "y": 4.0, "x": 4.0, "unit": 8.0, "reach": 12.0}
+    return {"grids": list((numbers | changes).values())}
 
 
 def simt(*arguments: Any) -> Any:
@@ -143,20 +159,28 @@ OPERATORS: list[Any] = [torch.ops.fcos_ext.assign_targets.default, simt]
         ({"extents": OFFSETS[:0]}, r"offsets must have shape \[N \+ 1\]"),
         ({"extents": OFFSETS[None]}, r"offsets must have shape \[N \+ 1\]"),
         ({"boxes": BOXES[None], "labels": LABELS[None]}, r"counts must have shape \[N\] .* N = 1"),
-        ({"strides": []}, "feature_sizes and size_ranges .* 1 to 32 levels, got 2, 2 and 0"),
-        ({"strides": [8, 8]}, "feature_sizes and size_ranges .* 1 to 32 levels, got 2, 2 and 2"),
-        ({"feature_sizes": [4]}, "feature_sizes and size_ranges .* got 1, 2 and 1"),
-        ({"size_ranges": [4.0]}, "feature_sizes and size_ranges .* got 2, 1 and 1"),
+        ({"grids": []}, "feature_sizes and size_ranges .* 1 to 32 levels, got 2, 2 and 0"),
+        ({"grids": [8.0] * 7}, "feature_sizes and size_ranges .* 1 to 32 levels, got 2, 2 and 7"),
+        ({"grids": [8.0] * 12}, "feature_sizes and size_ranges .* grids 6 .* got 2, 2 and 12"),
+        ({"feature_sizes": [4]}, "feature_sizes and size_ranges .* got 1, 2 and 6"),
+        ({"size_ranges": [4.0]}, "feature_sizes and size_ranges .* got 2, 1 and 6"),
         ({"feature_sizes": [4, 0]}, r"feature_sizes must be .* at least 1 .* got \(4, 0\)"),
         ({"feature_sizes": [2**20, 2**20]}, r"feature_sizes must be .* at most 2\^30 locations"),
         ({"feature_sizes": [2**62, 2]}, r"feature_sizes must be .* at most 2\^30 locations"),
-        ({"strides": [0]}, "strides must lie in 1.*, got 0 at level 0"),
-        ({"strides": [2**31]}, "strides must lie in 1.*, got 2147483648 at level 0"),
+        (grid(step_y=0), "grids must have finite steps above 0 .*, got 0 and 4 at level 0"),
+        (grid(step_x=-8), "grids must have finite steps above 0 .*, got -8 and 4 at level 0"),
+        (grid(step_x=1e39), "grids must have finite steps .*, got 1e\\+39 and 4 at level 0"),
+        (grid(step_y=1e-40), "grids must have finite steps .* at level 0"),
+        (grid(x=math.nan), "grids must have .* a finite first, got 8 and nan at level 0"),
+        (grid(y=-INF), "grids must have .* a finite first, got 8 and -inf at level 0"),
+        (grid(unit=0), "grids must have a finite unit above 0 .*, got 0 and 12 at level 0"),
+        (grid(unit=INF), "grids must have a finite unit above 0 .*, got inf and 12 at level 0"),
+        (grid(reach=-1), "grids must have .* a reach >= 0, got 8 and -1 at level 0"),
+        (grid(reach=math.nan), "grids must have .* a reach >= 0, got 8 and nan at level 0"),
         ({"size_ranges": [5.0, 4.0]}, r"size_ranges must be .* got \(5, 4\) at level 0"),
         ({"size_ranges": [0.0, math.nan]}, r"size_ranges must be .* got \(0, nan\) at level 0"),
-        ({"center_sampling_radius": -1.0}, "center_sampling_radius must be >= 0, got -1"),
-        ({"center_sampling_radius": math.nan}, "center_sampling_radius must be >= 0, got nan"),
         ({"boundary": 3}, "boundary must be 0, 1 or 2, got 3"),
+        ({"ties": 2}, "ties must be 0 or 1, got 2"),
     ],
 )
 def test_kernel_errors(operator: Callable[..., Any], changes: dict[str, Any], message: str) -> None:

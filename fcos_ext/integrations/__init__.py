@@ -1,0 +1,1 @@
+"""Other libraries on our kernels. Nothing here is imported unless it is asked for."""
