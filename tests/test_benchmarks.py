@@ -40,7 +40,7 @@ def make_case(**providers: Any) -> Case:
 @pytest.mark.parametrize(
     "module, num_rows",
     [
-        (bench_fcos_loss, 7),
+        (bench_fcos_loss, 4),
         (bench_iou_loss, 8),
         (bench_sigmoid_focal_loss, 10),
     ],
