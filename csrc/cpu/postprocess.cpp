@@ -57,52 +57,31 @@ class Search {
         scoring_(call.scoring),
         classes_(static_cast<int>(call.classes)),
         k_(static_cast<size_t>(level_.max_candidates)),
-        any_(static_cast<acc>(cutoff.any)),
+        cutoff_(static_cast<acc>(cutoff.any)),
         logits_(static_cast<const scalar_t*>(level_.logits) + tile.image * level_.image_stride) {}
 
-  // `cutoffs` of all locations, or null: one does for all.
-  FCOS_INLINE void run(const float* cutoffs) {
-    if (!cutoffs) {
-      scan(tile_.begin, tile_.end, [&](int) { return any_; });
-    } else if (level_.planes) {
-      for (int i = tile_.begin; i < tile_.end;) {
-        const int first = i / level_.locations * level_.locations;
-        const int end = std::min(tile_.end, first + level_.locations);
-        scan(i, end, [&](int at) { return acc(cutoffs[at - first]); });
-        i = end;
+  FCOS_INLINE void run() {
+    for (int i = tile_.begin; i < tile_.end; i += kStep) {
+      const scalar_t* x = logits_ + i;  // with an index from 0, or the loop is not vectorised
+      const int n = std::min(kStep, tile_.end - i);
+      int any = 0;
+      if (n == kStep)
+        for (int k = 0; k < kStep; ++k) any |= passes(x[k]);
+      else
+        for (int k = 0; k < n; ++k) any |= passes(x[k]);
+      if (!any) continue;
+      for (int k = 0; k < n; ++k) {
+        found_[count_] = i + k;
+        count_ += passes(x[k]);
       }
-    } else {
-      for (int i = tile_.begin; i < tile_.end;) {
-        const int location = i / classes_;
-        const int end = std::min(tile_.end, (location + 1) * classes_);
-        const acc cutoff = cutoffs[location];
-        if (cutoff < std::numeric_limits<acc>::infinity())
-          scan(i, end, [&](int) { return cutoff; });
-        i = end;
-      }
+      if (count_ >= kBlock) score();
     }
     score();
     keep_best(tile_.ranks, k_);
   }
 
  private:
-  template <typename CutoffAt>
-  FCOS_INLINE void scan(int begin, int end, const CutoffAt& cutoff) {
-    for (int i = begin; i < end; i += kStep) {
-      const int n = std::min(kStep, end - i);
-      int any = 0;
-      if (n == kStep)
-        for (int k = 0; k < kStep; ++k) any |= !(static_cast<acc>(logits_[i + k]) <= cutoff(i + k));
-      else
-        for (int k = 0; k < n; ++k) any |= !(static_cast<acc>(logits_[i + k]) <= cutoff(i + k));
-      if (!any) continue;
-      for (int k = 0; k < n; ++k) {
-        found_[count_] = i + k;
-        count_ += !(static_cast<acc>(logits_[i + k]) <= cutoff(i + k));
-      }
-      if (count_ >= kBlock) score();
-    }
-  }
+  FCOS_INLINE int passes(scalar_t x) const { return !(static_cast<acc>(x) <= cutoff_); }
 
   FCOS_INLINE void score() {
     for (int i = 0; i < count_; ++i) {
@@ -120,7 +99,8 @@ class Search {
       score_[i] = scoring_.judge(sigmoid_by_series(cls_[i]), sigmoid_by_series(weight_[i]));
     for (int i = 0; i < count_; ++i) {
       const float score = score_[i];
-      tile_.dropped += score != score;
+      // A location whose centerness is not a number is counted once for all classes, if all are.
+      tile_.dropped += score != score && !(scoring_.on_final && weight_[i] != weight_[i]);
       if (!(score > 0.0f)) continue;
       const Rank<float> rank = rank_of<float>(order_key(score), flat_[i]);
       if (rank > floor_) tile_.ranks.push_back(rank);
@@ -137,7 +117,7 @@ class Search {
   const Scoring scoring_;
   const int classes_;
   const size_t k_;
-  const acc any_;
+  const acc cutoff_;
   const scalar_t* logits_;
   Rank<float> floor_ = 0;
   int count_ = 0;
@@ -223,7 +203,6 @@ struct Cpu {
   static void run(const PostprocessCall& call, const Tensor&) {
     const int64_t L = static_cast<int64_t>(call.levels.size());
     const Cutoff cutoff(call.scoring);
-    const auto cutoffs = location_cutoffs(call, cutoff);
     std::vector<Tile> tiles;
     std::vector<size_t> first_tile;  // of each image and level, and the end
     for (int64_t n = 0; n < call.images; ++n)
@@ -236,16 +215,15 @@ struct Cpu {
     first_tile.push_back(tiles.size());
 
     dispatch_floating(call.dtype, "postprocess", [&](auto zero) {
-      torch::stable::parallel_for(
-          0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t first, int64_t last) {
-            with_cpu_isa([&] {
-              for (int64_t t = first; t < last; ++t) {
-                const size_t map = size_t(tiles[t].image * L + tiles[t].level);
-                Search<decltype(zero)> search(call, cutoff, tiles[t]);
-                search.run(cutoffs.empty() ? nullptr : cutoffs[map].data());
-              }
-            });
-          });
+      torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
+                                  [&](int64_t first, int64_t last) {
+                                    with_cpu_isa([&] {
+                                      for (int64_t t = first; t < last; ++t) {
+                                        Search<decltype(zero)> search(call, cutoff, tiles[t]);
+                                        search.run();
+                                      }
+                                    });
+                                  });
     });
 
     std::vector<Selected> selected(static_cast<size_t>(call.images * L));
@@ -257,6 +235,8 @@ struct Cpu {
           selected[map].dropped += tiles[t].dropped;
         }
         const PostprocessLevel& level = call.levels[map % L];
+        if (call.scoring.on_final)
+          selected[map].dropped += call.classes * count_nan(level, map / L);
         sort_best(ranks, static_cast<size_t>(level.max_candidates));
         decode(call, level, map / L, ranks, selected[map]);
       }
@@ -280,26 +260,15 @@ struct Cpu {
     all.dropped += level.dropped;
   }
 
-  // Of each image and level, by location; none where the threshold is on the class score.
-  static std::vector<std::vector<float>> location_cutoffs(const PostprocessCall& call,
-                                                          const Cutoff& cutoff) {
-    if (!call.scoring.on_final) return {};
-    const int64_t L = static_cast<int64_t>(call.levels.size());
-    std::vector<std::vector<float>> cutoffs(static_cast<size_t>(call.images * L));
-    torch::stable::parallel_for(0, call.images * L, 1, [&](int64_t first, int64_t last) {
-      for (int64_t map = first; map < last; ++map) {
-        const PostprocessLevel& level = call.levels[map % L];
-        std::vector<float>& values = cutoffs[map];
-        values.resize(static_cast<size_t>(level.locations));
-        for (int y = 0, i = 0; y < level.height; ++y)
-          for (int x = 0; x < level.width; ++x, ++i)
-            values[i] = level.centerness.numbers.at<float>(level.centerness.offset(map / L, y, x));
-        with_cpu_isa([&] {
-          for (float& value : values) value = cutoff.at(value);
-        });
+  // Locations whose centerness is not a number.
+  static int64_t count_nan(const PostprocessLevel& level, int64_t n) {
+    int64_t count = 0;
+    for (int y = 0; y < level.height; ++y)
+      for (int x = 0; x < level.width; ++x) {
+        const float value = level.centerness.numbers.at<float>(level.centerness.offset(n, y, x));
+        count += value != value;
       }
-    });
-    return cutoffs;
+    return count;
   }
 };
 
