@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_iou_loss, bench_nms, bench_sigmoid_focal_loss, shapes
+from benchmarks import (
+    bench_accelerate,
+    bench_iou_loss,
+    bench_nms,
+    bench_sigmoid_focal_loss,
+    shapes,
+)
 from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
 
 CPU = torch.device("cpu")
@@ -53,6 +59,15 @@ def test_quick_run(
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
     assert printed.count("x ours") == num_rows and "torch.compile of reference" in printed
+
+
+def test_quick_run_of_a_section(tmp_path: Path) -> None:
+    """Of torchvision's model: loss and post-processing."""
+    output = tmp_path / "rows.json"
+    arguments = ["--quick", "--output", str(output)]
+    assert main(bench_accelerate.OP, bench_accelerate.cases, arguments) == 0
+    rows = json.loads(output.read_text())
+    assert [row["provider"] for row in rows] == [OURS, "torchvision"] * 2
 
 
 def test_indices_have_to_be_equal() -> None:
