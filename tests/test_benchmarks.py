@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import (
+    bench_accelerate,
     bench_fcos_loss,
     bench_iou_loss,
     bench_nms,
@@ -60,6 +61,15 @@ def test_quick_run(
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
     assert printed.count("x ours") == num_rows and "torch.compile of reference" in printed
+
+
+def test_quick_run_of_a_section(tmp_path: Path) -> None:
+    """Of torchvision's model: loss and post-processing."""
+    output = tmp_path / "rows.json"
+    arguments = ["--quick", "--output", str(output)]
+    assert main(bench_accelerate.OP, bench_accelerate.cases, arguments) == 0
+    rows = json.loads(output.read_text())
+    assert [row["provider"] for row in rows] == [OURS, "torchvision"] * 2
 
 
 def test_indices_have_to_be_equal() -> None:

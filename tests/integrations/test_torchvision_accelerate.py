@@ -26,6 +26,7 @@ from fcos_ext.integrations.torchvision import (
     accelerate,
     known,
     restore,
+    swap,
 )
 from tests.integrations.torchvision_models import (
     ACCELERATED,
@@ -257,6 +258,14 @@ def test_fingerprints() -> None:
     assert first == second != third
     for (cls, method), expected in known.FINGERPRINTS.items():
         assert known.fingerprint(getattr(cls, method)) == expected
+
+
+def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The references would be slower than torchvision."""
+    monkeypatch.setattr(swap, "kernels", lambda op: frozenset())
+    monkeypatch.setattr(swap, "why_missing", lambda device: "not built: no compiler")
+    with pytest.raises(Refused, match="there are no kernels for cpu: not built: no compiler"):
+        accelerate(small(FCOS))
 
 
 @pytest.mark.parametrize("cls, name", [(FCOS, "bbox_ctrness"), (RetinaNet, "classification")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -197,7 +196,7 @@ def test_detection_options(cls: type, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cls", MODELS)
-def test_ties_and_odd_values(cls: type, one_thread: None) -> None:
+def test_ties_and_odd_values(cls: type) -> None:
     """Equal scores, infinite logits and NaN: torchvision's choice among equals is ours.
 
     Given that it has one, which it has not beyond 1,000 candidates, and that no logit is among the
@@ -220,14 +219,6 @@ def test_ties_and_odd_values(cls: type, one_thread: None) -> None:
     for ours, theirs in zip(actual, truth, strict=True):
         assert len(ours["scores"]) == model.detections_per_img
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.5, 0.3, 0.7, 0.0, 1.0])
@@ -274,6 +265,25 @@ def test_evaluation(cls: type, size: tuple[int, int], options: dict[str, Any]) -
         truth = model(images)
         assert_same_detections(twin(images), truth, model.detections_per_img)
     assert min(len(of_image["scores"]) for of_image in truth) > 10
+
+
+@pytest.mark.parametrize("cls", MODELS)
+def test_autocast(cls: type) -> None:
+    """In bfloat16: losses as near as that allows, and the same scores."""
+    model = make_model(cls, 4, min_size=160, max_size=256)
+    twin = accelerated_copy(model)
+    images = [torch.rand(3, 120, 160) for _ in range(2)]
+    targets = make_targets([(120, 160)] * 2, (5, 0), 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        truth, ours = model.train()(images, targets), twin.train()(images, targets)
+        assert_close(ours, truth, limit=2e-3)
+        sum(ours.values()).backward()
+        assert all(p.grad.isfinite().all() for p in twin.parameters())
+        with torch.no_grad():
+            detections = zip(twin.eval()(images), model.eval()(images), strict=True)
+    for actual, expected in detections:
+        assert actual["boxes"].dtype == expected["boxes"].dtype
+        assert torch.equal(actual["scores"], expected["scores"])
 
 
 def test_a_class_to_build_with() -> None:

@@ -125,7 +125,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
         assert ours[name].dtype == truth.dtype, name
         difference = torch.linalg.vector_norm((ours[name] - truth).double())
         # The gradient of a bias before a normalisation is 0 but for rounding.
-        assert difference <= limit * torch.linalg.vector_norm(truth.double()) + 1e-6, name
+        assert difference <= limit * torch.linalg.vector_norm(truth.double()) + limit, name
 
 
 def assert_same_detections(

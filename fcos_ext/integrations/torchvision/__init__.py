@@ -18,10 +18,10 @@ except ImportError as error:
         f"torch, got: {error}"
     ) from error
 
-from .accelerate import Refused, accelerate, restore
 from .fcos import AcceleratedFCOS
 from .report import Report
 from .retinanet import AcceleratedRetinaNet
+from .swap import Refused, accelerate, restore
 
 __all__ = [
     "AcceleratedFCOS",
