@@ -35,7 +35,7 @@ def make_case(**providers: Any) -> Case:
     "module, num_rows",
     [
         (bench_iou_loss, 8),
-        (bench_sigmoid_focal_loss, 10),
+        (bench_sigmoid_focal_loss, 22),
     ],
 )
 def test_quick_run(
