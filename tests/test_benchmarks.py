@@ -43,7 +43,7 @@ def make_case(**providers: Any) -> Case:
     [
         (bench_fcos_loss, 4),
         (bench_iou_loss, 8),
-        (bench_sigmoid_focal_loss, 10),
+        (bench_sigmoid_focal_loss, 22),
     ],
 )
 def test_quick_run(
