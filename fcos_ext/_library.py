@@ -83,7 +83,7 @@ def register(
 ) -> None:
     """Attach shape inference and a gradient to a compiled operator.
 
-    Without ``backward``, differentiating ``op`` raises: PyTorch would drop the term silently."""
+    Without ``backward``, differentiating ``op`` raises: PyTorch would drop the term silently.    """
     if missing["cpu"] is not None:
         return
     torch.library.register_fake(f"fcos_ext::{op}", fake)
