@@ -13,7 +13,8 @@ from .box_and_centerness_loss import (
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
-from .postprocess import Postprocessed, PostprocessOptions, postprocess, postprocess_ref
+from .postprocess import Postprocessed, postprocess, postprocess_ref
+from .postprocess_options import PostprocessOptions
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 from .soft_nms import (
     PaddedSoftKeep,
