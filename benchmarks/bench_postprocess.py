@@ -1,4 +1,4 @@
-"""From the outputs of a network for two images of 800 x 1344, 80 classes, to 100 detections each.
+"""From the outputs of a network for images of 800 x 1344, 80 classes, to 100 detections each.
 
     python -m benchmarks.bench_postprocess [--quick] [--device cuda] [--output FILE]
 
@@ -136,7 +136,7 @@ def make_case(
     threads: int | None,
     image_size: tuple[int, int],
 ) -> Case:
-    images = 2
+    images = 16 if device.type == "cuda" else 2
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
     def make_inputs(seed: int) -> tuple[Any, ...]:

@@ -15,7 +15,8 @@ from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref
-from .postprocess import Postprocessed, PostprocessOptions, postprocess, postprocess_ref
+from .postprocess import Postprocessed, postprocess, postprocess_ref
+from .postprocess_options import PostprocessOptions
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 from .soft_nms import (
     PaddedSoftKeep,

@@ -140,16 +140,16 @@ def check_postprocess() -> None:
         {"threshold_on": "final"},
         {"topk_candidates": 20},
         {"iou_threshold": 0.1},
-        {"max_detections": 15},
+        {"max_detections": 9},
         {"class_agnostic": True},
         {"clip": False},
         {"locations": "torchvision"},
     ]
-    standard: dict[str, Any] = {"strides": (8, 16), "score_threshold": 0.2, "max_detections": 300}
+    standard: dict[str, Any] = {"strides": (8, 16), "score_threshold": 0.2, "max_detections": 99}
     # the larger ones have more candidates than the buffers of the CUDA kernels
     for levels, mean, options in (
-        (((8, 10), (4, 5)), -1.5, ({}, *changes)),
-        (((40, 64), (20, 32)), 2.0, ({}, {"threshold_on": "final"}, {"max_detections": 30})),
+        (((6, 8), (3, 4)), -1.5, ({}, *changes)),
+        (((40, 64), (20, 32)), 2.0, ({"max_detections": 20},)),
     ):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             logits, ltrb, centerness = (
@@ -160,7 +160,7 @@ def check_postprocess() -> None:
                 [x.abs().to(dtype) for x in ltrb],
                 [x.to(dtype) for x in centerness],
             )
-            sizes = torch.tensor([[60, 75], [64, 80]])
+            sizes = torch.tensor([[40, 55], [48, 64]])
             standard_results: Any = None
             for changed in options:
                 results, truth = (
@@ -176,7 +176,7 @@ def check_postprocess() -> None:
                     assert torch.equal(actual, exact), changed
                 if not changed:
                     standard_results = results
-                elif len(options) > 3:
+                elif standard_results is not None:
                     pairs = zip(results, standard_results, strict=True)
                     assert not all(torch.equal(*pair) for pair in pairs), changed
 
