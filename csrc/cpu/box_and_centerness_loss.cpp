@@ -89,15 +89,15 @@ struct Worker {
     const ImageRows pred(run.level.pred, run.image, run.level_row);
     const ImageRows centerness(run.level.centerness, run.image, run.level_row);
     Columns<acc> c;
-    for_each_row_block(labels, call.num_classes, run.begin, run.end,
-                       [&](const int64_t* rows, int n) {
-                         gather(pred, rows, n, c.pred);
-                         gather(call.target, rows, n, c.target);
-                         gather(centerness, rows, n, c.centerness);
-                         weigh(c, rows, n);
-                         if (call.sums) add(c, n, sums);
-                         if (call.writes) write(c, rows, n, run);
-                       });
+    sums.ignored = for_each_row_block(labels, call.num_classes, run.begin, run.end,
+                                      [&](const int64_t* rows, int n) {
+                                        gather(pred, rows, n, c.pred);
+                                        gather(call.target, rows, n, c.target);
+                                        gather(centerness, rows, n, c.centerness);
+                                        weigh(c, rows, n);
+                                        if (call.sums) add(c, n, sums);
+                                        if (call.writes) write(c, rows, n, run);
+                                      });
     return sums;
   }
 
