@@ -161,13 +161,12 @@ def box_and_centerness_loss(
         eps,
     )
     if (
-        fused_gradient
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and any(x.requires_grad for x in (*levels, *scores))
         and not torch.compiler.is_compiling()
     ):
         return BoxAndCenternessLoss(
-            *_FusedGradient.apply(*others, normalizers, options, *levels, *scores)
+            *_Loss.apply(fused_gradient, *others, normalizers, options, *levels, *scores)
         )
     return BoxAndCenternessLoss(
         *torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *others, normalizers, *options)
@@ -384,11 +383,17 @@ def _save(
     ctx.save_for_backward(*tensors, *levels)
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """The arguments of the operators from ``pred`` on."""
-    tensors, levels = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+def _arguments(
+    tensors: Sequence[Tensor | None], levels: Sequence[Tensor], options: Any
+) -> tuple[Any, ...]:
+    """Of the operators, from ``pred`` on; see :func:`_save`."""
     half = len(levels) // 2
-    return levels[:half], levels[half:], *tensors, *ctx.options
+    return levels[:half], levels[half:], *tensors, *options
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    return _arguments(tensors[:4], tensors[4:], ctx.options)
 
 
 def _incoming(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
@@ -412,16 +417,18 @@ def _backward(
     return *gradients, *[None] * (4 + len(ctx.options))
 
 
-class _FusedGradient(torch.autograd.Function):
-    """The sums, whose gradients are made along with them.
+class _Loss(torch.autograd.Function):
+    """The sums, whose gradients are, if they are to be fused, made along with them.
 
-    The buffers of the gradients are handed over at the first backward pass, and from then on
-    belong to whoever received them; later passes make their own.
+    Their buffers are handed over at the first backward pass, and from then on belong to whoever
+    received them; later passes make their own. Without buffers it does what the operator's own
+    gradient does, in less time: that one is wrapped for lists of tensors.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        fused: bool,
         target: Tensor,
         labels: Tensor,
         centerness_target: Tensor | None,
@@ -430,17 +437,15 @@ class _FusedGradient(torch.autograd.Function):
         *levels: Tensor,
     ) -> tuple[Tensor, ...]:
         _save(ctx, (target, labels, centerness_target, normalizers), levels, options)
-        half = len(levels) // 2
-        *sums, by_pred, by_centerness = torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(
-            levels[:half],
-            levels[half:],
-            target,
-            labels,
-            centerness_target,
-            normalizers,
-            *options,
-        )
-        ctx.gradients = by_pred, by_centerness
+        arguments = _arguments((target, labels, centerness_target, normalizers), levels, options)
+        ctx.gradients = None
+        if fused:
+            *sums, by_pred, by_centerness = (
+                torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(*arguments)
+            )
+            ctx.gradients = by_pred, by_centerness
+        else:
+            sums = torch.ops.fcos_ext.box_and_centerness_loss(*arguments)
         ctx.mark_non_differentiable(*sums[2:])
         return tuple(sums)
 
@@ -456,7 +461,7 @@ class _FusedGradient(torch.autograd.Function):
         else:
             torch.ops.fcos_ext.box_and_centerness_loss_rescale_(*gradients, *grads, *_saved(ctx))
         by_pred, by_centerness = gradients
-        return None, None, None, None, None, *by_pred, *by_centerness
+        return *[None] * 6, *by_pred, *by_centerness
 
 
 register(_OP, fake=_fake, setup_context=_setup_context, backward=_backward)

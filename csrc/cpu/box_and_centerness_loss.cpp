@@ -73,23 +73,6 @@ inline void clear_rows(const LevelRows<void*>& level, const Run& run, int64_t va
   });
 }
 
-template <typename label_t>
-FCOS_INLINE int64_t count_ignored(const label_t* labels, int64_t num_classes, int64_t begin,
-                                  int64_t end) {
-  int64_t count = 0;
-  for (int64_t i = begin; i < end; ++i)
-    // one comparison for -1 <= label < num_classes
-    count += uint64_t(int64_t(labels[i])) + 1 > uint64_t(num_classes);
-  return count;
-}
-
-FCOS_INLINE int64_t count_ignored(const Integers& labels, int64_t num_classes, int64_t begin,
-                                  int64_t end) {
-  return labels.is_int64
-             ? count_ignored(static_cast<const int64_t*>(labels.data), num_classes, begin, end)
-             : count_ignored(static_cast<const int32_t*>(labels.data), num_classes, begin, end);
-}
-
 template <typename acc>
 struct Worker {
   const BoxCall& call;
@@ -103,19 +86,18 @@ struct Worker {
       clear_rows(run.level.by_pred, run, 4);
       clear_rows(run.level.by_centerness, run, 1);
     }
-    if (call.sums) sums.ignored = count_ignored(labels, call.num_classes, run.begin, run.end);
     const ImageRows pred(run.level.pred, run.image, run.level_row);
     const ImageRows centerness(run.level.centerness, run.image, run.level_row);
     Columns<acc> c;
-    for_each_row_block(labels, call.num_classes, run.begin, run.end,
-                       [&](const int64_t* rows, int n) {
-                         gather(pred, rows, n, c.pred);
-                         gather(call.target, rows, n, c.target);
-                         gather(centerness, rows, n, c.centerness);
-                         weigh(c, rows, n);
-                         if (call.sums) add(c, n, sums);
-                         if (call.writes) write(c, rows, n, run);
-                       });
+    sums.ignored = for_each_row_block(labels, call.num_classes, run.begin, run.end,
+                                      [&](const int64_t* rows, int n) {
+                                        gather(pred, rows, n, c.pred);
+                                        gather(call.target, rows, n, c.target);
+                                        gather(centerness, rows, n, c.centerness);
+                                        weigh(c, rows, n);
+                                        if (call.sums) add(c, n, sums);
+                                        if (call.writes) write(c, rows, n, run);
+                                      });
     return sums;
   }
 

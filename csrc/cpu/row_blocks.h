@@ -40,17 +40,25 @@ void for_each_row_tile(int64_t rows, const F& f, int64_t grain = 1) {
 constexpr int64_t kAnyClass = std::numeric_limits<int64_t>::max();
 
 // Calls body(rows, n) with the numbers of the rows of [begin, end) whose label lies in
-// [0, num_classes), at most kRowBlock at a time. Without labels those are all.
+// [0, num_classes), at most kRowBlock at a time. Without labels those are all. Returns how many
+// labels lie below -1 or from num_classes on.
 template <typename label_t, typename Body>
-FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t num_classes, int64_t begin,
-                                    int64_t end, const Body& body) {
+FCOS_INLINE int64_t for_each_row_block(const label_t* labels, int64_t num_classes, int64_t begin,
+                                       int64_t end, const Body& body) {
   int64_t rows[kRowBlock + kLabelStep];
   int count = 0;
+  int64_t ignored = 0;
   for (int64_t i = begin; i < end; i += kLabelStep) {
     const int n = static_cast<int>(std::min<int64_t>(kLabelStep, end - i));
     if (labels) {
-      label_t all = -1;
-      for (int k = 0; k < n; ++k) all &= labels[i + k];
+      label_t all = -1, unlike_background = 0;
+      for (int k = 0; k < n; ++k) {
+        all &= labels[i + k];
+        unlike_background |= ~labels[i + k];
+      }
+      if (unlike_background == 0) continue;
+      for (int k = 0; k < n; ++k)  // one comparison for -1 <= label < num_classes
+        ignored += uint64_t(int64_t(labels[i + k])) + 1 > uint64_t(num_classes);
       if (all < 0) continue;
       for (int k = 0; k < n; ++k) {
         rows[count] = i + k;
@@ -65,15 +73,17 @@ FCOS_INLINE void for_each_row_block(const label_t* labels, int64_t num_classes, 
     for (int k = 0; k < count; ++k) rows[k] = rows[kRowBlock + k];
   }
   if (count > 0) body(rows, count);
+  return ignored;
 }
 
 template <typename Body>
-FCOS_INLINE void for_each_row_block(const Integers& labels, int64_t num_classes, int64_t begin,
-                                    int64_t end, const Body& body) {
+FCOS_INLINE int64_t for_each_row_block(const Integers& labels, int64_t num_classes, int64_t begin,
+                                       int64_t end, const Body& body) {
   if (labels.is_int64)
-    for_each_row_block(static_cast<const int64_t*>(labels.data), num_classes, begin, end, body);
-  else
-    for_each_row_block(static_cast<const int32_t*>(labels.data), num_classes, begin, end, body);
+    return for_each_row_block(static_cast<const int64_t*>(labels.data), num_classes, begin, end,
+                              body);
+  return for_each_row_block(static_cast<const int32_t*>(labels.data), num_classes, begin, end,
+                            body);
 }
 
 template <typename acc>
