@@ -85,8 +85,8 @@ def check_assign_targets() -> None:
     # on the grid of locations, so that distances lie at the ends of ranges
     corner = torch.randint(50, (60, 2)).mul(4.0)
     boxes = torch.cat([corner, corner + 2.0 ** torch.randint(2, 8, (60, 2))], dim=1)
-    # areas so close that they are a tie for torchvision
-    boxes[:2] = torch.tensor([[4.0, 4.0, 34.0, 36.0], [4.0, 4.0, 34.0, 35.96]])
+    # areas so close that they are a tie for torchvision; small, for the first range
+    boxes[:2] = torch.tensor([[4.0, 4.0, 14.0, 20.0], [4.0, 4.0, 14.0, 19.75]])
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
