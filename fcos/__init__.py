@@ -18,14 +18,23 @@ __version__ = "0.1.0"
 __all__ = ["FCOS", "Detections", "Predictor", "load"]
 
 
-def load(checkpoint: str | Path, device: str = "auto") -> Predictor:
+def load(
+    checkpoint: str | Path,
+    device: str = "auto",
+    *,
+    amp: str = "none",
+    compile: bool = False,
+    graph: bool = False,
+) -> Predictor:
     """The trained detector in a checkpoint; nothing else is needed to predict with it.
 
     Args:
         checkpoint: a file that ``fcos train`` wrote.
         device: as torch names it, or "auto": the GPU if there is one.
+        amp, compile, graph: how it runs; see :class:`fcos.Predictor`.
 
     Raises:
+        fcos.config.ConfigError: ``graph`` without a GPU.
         fcos.checkpoint.CheckpointError: the file is missing, damaged or foreign.
     """
     from .checkpoint import load_checkpoint, load_weights
@@ -37,7 +46,14 @@ def load(checkpoint: str | Path, device: str = "auto") -> Predictor:
     # "model" is what was evaluated: the moving average where training kept one
     load_weights(network, content["model"], str(checkpoint))
     return Predictor(
-        network, content["config"], content["class_names"], content["category_ids"], device
+        network,
+        content["config"],
+        content["class_names"],
+        content["category_ids"],
+        device,
+        amp=amp,
+        compile=compile,
+        graph=graph,
     )
 
 

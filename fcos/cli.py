@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from . import __version__
 from .config import Config, ConfigError, load_yaml
 from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .predict import Predictor
 
 # Torch takes over a second to import, so that each command imports it for itself.
 
@@ -28,8 +32,22 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions:
+    """How a trained network runs."""
+
+    device: str = "auto"
+    """"auto", or as torch names it."""
+    amp: Literal["none", "bf16"] = "none"
+    """bf16: run the network under bfloat16 autocast."""
+    compile: bool = False
+    """torch.compile it, which takes minutes at first: for many images."""
+    graph: bool = False
+    """Record it as a CUDA graph for each of a few shapes that images are padded to."""
+
+
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(InferenceOptions):
     """Measure a checkpoint on annotated images: COCO's 12 numbers and a table by class."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -42,12 +60,10 @@ class EvalOptions:
     """Folder for evaluation.json, detections.json and pictures. None: only the table."""
     batch_size: int = 8
     """Images at a time."""
-    device: str = "auto"
-    """"auto", or as torch names it."""
 
 
 @dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(InferenceOptions):
     """Draw detections on images and videos, and write them to a JSON file."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -60,8 +76,6 @@ class PredictOptions:
     """Detections with a lower score are left out."""
     batch_size: int = 4
     """Images at a time."""
-    device: str = "auto"
-    """"auto", or as torch names it."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +241,7 @@ def _eval(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from . import load, report
+    from . import report
     from .data.coco import CocoDataset
     from .data.transforms import eval_transforms
     from .distributed import start_process, stop_process
@@ -236,7 +250,7 @@ def _eval(arguments: list[str]) -> int:
 
     process = start_process(options.device)
     try:
-        predictor = load(options.checkpoint, str(process.device))
+        predictor = _load(options, str(process.device))
         config = predictor.config
         annotations, images = options.annotations, options.images
         if annotations is None:
@@ -252,7 +266,7 @@ def _eval(arguments: list[str]) -> int:
                 f"{annotations} has the categories {', '.join(dataset.class_names)}, but "
                 f"{options.checkpoint} was trained on {', '.join(predictor.class_names)}"
             )
-        results = detect_dataset(predictor.network, dataset, config, process, options.batch_size)
+        results = detect_dataset(predictor.inference, dataset, config, process, options.batch_size)
         if not process.is_main:
             return 0
         metrics = evaluate_coco(annotations, results, image_ids=dataset.image_ids)
@@ -269,7 +283,6 @@ def _eval(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     options = tyro.cli(PredictOptions, prog="fcos predict", args=arguments)
-    from . import load
     from .distributed import choose_device
     from .predict_files import predict_files
 
@@ -277,7 +290,7 @@ def _predict(arguments: list[str]) -> int:
     if not options.sources:
         raise ConfigError("predict needs at least one image, video, folder or pattern")
     result = predict_files(
-        load(options.checkpoint, str(choose_device(options.device))),
+        _load(options, str(choose_device(options.device))),
         options.sources,
         options.output,
         score_threshold=options.score_threshold,
@@ -285,6 +298,18 @@ def _predict(arguments: list[str]) -> int:
         report=print,
     )
     return result.exit_code
+
+
+def _load(options: EvalOptions | PredictOptions, device: str) -> Predictor:
+    from . import load
+
+    return load(
+        options.checkpoint,
+        device,
+        amp=options.amp,
+        compile=options.compile,
+        graph=options.graph,
+    )
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -122,6 +122,9 @@ class DataConfig:
     evaluation uses the last."""
     max_size: int = 1333
     """The longer side is never resized beyond this."""
+    image_shapes: tuple[tuple[int, int], ...] = ()
+    """Heights and widths that batches are padded to, each to the smallest that fits. (): as large
+    as its images need, in multiples of 32."""
     flip_probability: float = 0.5
     """Chance of a horizontal flip in training."""
     photometric: bool = False
@@ -175,6 +178,10 @@ class TrainConfig:
     """bf16: run the network under bfloat16 autocast. Losses are float32 either way."""
     compile: bool = False
     """torch.compile the network."""
+    graph: bool = False
+    """Record each training step as a CUDA graph and replay it, which leaves the CPU nearly nothing
+    to do. Batches are padded to few shapes (data.image_shapes, or nine that are derived from the
+    sizes). For one process on a GPU."""
     channels_last: bool = False
     """Keep images and convolution weights in channels_last memory format."""
     eval_every: int = 5_000

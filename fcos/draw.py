@@ -258,10 +258,10 @@ def draw_batch(
         cell: Height and width of each image on the sheet in pixels; None: of the largest.
     """
     pictures = []
-    offsets = batch.offsets.tolist()
     for i in range(min(limit, len(batch.images))):
         height, width = batch.image_sizes[i].tolist()
         image = unnormalize(batch.images[i, :, :height, :width], mean, std)
-        mine = slice(offsets[i], offsets[i + 1])
-        pictures.append(draw_boxes(image, batch.boxes[mine], batch.labels[mine], names=names))
+        count = int(batch.counts[i])
+        boxes, labels = batch.boxes[i, :count], batch.labels[i, :count]
+        pictures.append(draw_boxes(image, boxes, labels, names=names))
     return mosaic(pictures, cell=cell)

@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import limits, optim, report
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from .config import Config, ConfigError, save_yaml
+from .cuda_graph import GraphedFunction
 from .data.batches import Batch, training_loader
 from .data.coco import CocoDataset, shared_image_files
 from .data.transforms import eval_transforms, train_transforms
+from .detector import autocast
 from .distributed import Process
 from .evaluate import CocoMetrics, evaluate_coco
-from .inference import autocast, detect_dataset
+from .inference import InferencePass, detect_dataset
 from .interrupt import Interrupted, stop_signals
-from .losses import assign_batch, fcos_losses, step_normalizers
+from .losses import assign, fcos_losses, step_normalizers
 from .model import FCOS
 from .progress import TrainingProgress
 from .recorder import LOSSES, NonFiniteLossError, Recorder
 from .run_folder import RunFolder
+from .weight_average import WeightAverage
 
 
 def train(config: Config, process: Process, name: str = "run", resume: Path | None = None) -> Path:
@@ -49,7 +51,7 @@ def train(config: Config, process: Process, name: str = "run", resume: Path | No
         NonFiniteLossError: a loss or weight is not finite; it names the iteration and the images.
         Interrupted: SIGINT or SIGTERM; last.pt has been saved.
     """
-    limits.check(config, process.world_size)
+    limits.check(config, process.world_size, process.device.type)
     if config.data.train_annotations is None:
         raise ConfigError("data.train_annotations must name a COCO JSON to train on")
     if config.train.threads:
@@ -110,19 +112,21 @@ class _Training:
         self.optimizer = optim.build_optimizer(network, config.train)
         self.average = None
         if config.train.ema_decay:
-            average = get_ema_multi_avg_fn(config.train.ema_decay)
-            self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+            self.average = WeightAverage(network, config.train.ema_decay)
         self.forward: nn.Module = network
         if config.train.compile:
-            self.forward = torch.compile(network)  # type: ignore[assignment]
+            self.forward = torch.compile(network, fullgraph=True)  # type: ignore[assignment]
         if process.world_size > 1:
             devices = [process.device] if process.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=devices)
+        self.graphed = None
+        if config.train.graph:
+            self.graphed = GraphedFunction(self.update, process.device, self.format)
 
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the moving average, if there is one."""
-        return self.network if self.average is None else self.average.module
+        return self.network if self.average is None else self.average.network
 
     def run(self, run: RunFolder, bar: TrainingProgress) -> None:
         settings = self.config.train
@@ -137,6 +141,7 @@ class _Training:
             start_iteration=self.iteration,
             iterations=settings.iterations,
             accumulation=settings.accumulation,
+            fixed=settings.graph,
         )
         with stop_signals() as stop:
             for batch in loader:
@@ -170,14 +175,28 @@ class _Training:
 
     def step(self, batch: Batch, rate: float) -> Tensor:
         """One optimiser step. Returns this process's share of the three losses, detached."""
-        settings = self.config.train
         self.network.train()
         optim.set_learning_rate(self.optimizer, rate)
+        if self.graphed is not None:
+            return self.graphed(batch.images, batch.boxes, batch.labels, batch.counts)[0]
+        batch = batch.to(self.process.device, self.format)
+        return self.update(batch.images, batch.boxes, batch.labels, batch.counts)[0]
+
+    def update(
+        self, images: Tensor, boxes: Tensor, labels: Tensor, counts: Tensor
+    ) -> tuple[Tensor]:
+        """As :meth:`step`, of the tensors of a batch on the device.
+
+        Nothing in here waits for the device or depends on values: a CUDA graph can hold it.
+        """
+        settings = self.config.train
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [
-            part.to(self.process.device, self.format) for part in batch.split(settings.accumulation)
-        ]
-        targets = [assign_batch(part, self.config.model) for part in parts]
+        parts = images.chunk(settings.accumulation)
+        truths = zip(
+            *(x.chunk(settings.accumulation) for x in (boxes, labels, counts)), strict=True
+        )
+        size = (images.shape[2], images.shape[3])
+        targets = [assign(size, self.config.model, *truth) for truth in truths]
         normalizers = step_normalizers(targets)
         total = torch.zeros(len(LOSSES), device=self.process.device)
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
@@ -185,8 +204,8 @@ class _Training:
             if isinstance(self.forward, DistributedDataParallel) and i < len(parts) - 1:
                 exchange = self.forward.no_sync()  # gradients are exchanged once a step
             with exchange:
-                with autocast(self.config, self.process.device):
-                    predictions = self.forward(part.images)
+                with autocast(settings.amp, self.process.device):
+                    predictions = self.forward(part)
                 terms = fcos_losses(predictions, target, normalizers, self.config.loss)
                 losses = torch.stack([terms[name] for name in LOSSES])
                 # of the processes' gradients, the average is taken, but their losses add up
@@ -196,8 +215,8 @@ class _Training:
             nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_gradient_norm)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.network)
-        return total
+            self.average.update(self.network)
+        return (total,)
 
     def check_weights(self, run: RunFolder) -> None:
         """Raises NonFiniteLossError: a finite loss can have a gradient that is not."""
@@ -226,7 +245,9 @@ class _Training:
         if self.validation is None or annotations is None:
             return None
         self.process.share_buffers(self.evaluated)
-        results = detect_dataset(self.evaluated, self.validation, self.config, self.process)
+        amp = self.config.train.amp
+        detect = InferencePass(self.evaluated, self.config, self.process.device, amp=amp)
+        results = detect_dataset(detect, self.validation, self.config, self.process)
         if not self.process.is_main:
             return None
         metrics = evaluate_coco(annotations, results, image_ids=self.validation.image_ids)
@@ -252,7 +273,7 @@ class _Training:
                 "random": torch.get_rng_state(),
             }
             if self.average is not None:
-                state["averaged_steps"] = self.average.n_averaged
+                state["average_started"] = self.average.started
             save_checkpoint(run.last, {**content, "training": state})
         self.process.barrier()
 
@@ -270,9 +291,9 @@ class _Training:
         state = content["training"]
         load_weights(self.network, state["network"], str(path))
         # a run that has no average yet starts it with the first step
-        if self.average is not None and "averaged_steps" in state:
-            load_weights(self.average.module, content["model"], str(path))
-            self.average.n_averaged.copy_(state["averaged_steps"])
+        if self.average is not None and state.get("average_started"):
+            load_weights(self.average.network, content["model"], str(path))
+            self.average.started = True
         # the groups hold the weight decay and the like, which may have been changed
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

@@ -1,28 +1,85 @@
-"""Running a network over a data set, on all processes."""
+"""Running a network on batches of images, and over a data set on all processes."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config
+from .cuda_graph import GraphedFunction
 from .data.batches import eval_loader
 from .data.coco import CocoDataset
+from .data.padding import Shape, fixed_shapes
 from .detections import Detections
+from .detector import Detector
 from .distributed import Process
-from .postprocess import postprocess
+from .postprocess import PaddedDetections
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The precision that the network runs in."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.amp == "bf16")
+class InferencePass:
+    """Batches to detections, on a device.
+
+    Args:
+        network: images to predictions, on the device. It is put in eval mode.
+        config: the settings that it was trained with.
+        device: of the network.
+        amp: "none", or "bf16": the network runs under bfloat16 autocast.
+        compile: ``torch.compile`` network and post-processing together. The first batch takes
+            minutes then, and one of another shape again.
+        graph: record them as a CUDA graph for each shape of batch that comes repeatedly.
+
+    Raises:
+        ConfigError: ``graph`` without a GPU.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Config,
+        device: torch.device,
+        *,
+        amp: str = "none",
+        compile: bool = False,
+        graph: bool = False,
+    ) -> None:
+        self.shapes: tuple[Shape, ...] = config.data.image_shapes
+        """That images are to be padded to; see ``fcos.data.padding``."""
+        if graph:
+            self.shapes = fixed_shapes(config.data)
+        self._device = device
+        self._format = (
+            torch.channels_last if config.train.channels_last else torch.contiguous_format
+        )
+        network.to(memory_format=self._format)
+        self.detector = Detector(network, config, amp).eval()
+        """Network and post-processing in one module, as ``torch.export`` takes it."""
+        self._detect: Any = self.detector
+        if compile:
+            self._detect = torch.compile(self.detector, fullgraph=True)
+        if graph:
+            self._detect = GraphedFunction(self._detect, device, self._format)
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
+    ) -> PaddedDetections:
+        """Detections, on the device, which is not waited for; see :class:`Detector`.
+
+        Args:
+            images, image_sizes, original_sizes: on any device.
+        """
+        if not isinstance(self._detect, GraphedFunction):
+            images = images.to(self._device, non_blocking=True)
+            images = images.contiguous(memory_format=self._format)
+            image_sizes = image_sizes.to(self._device, non_blocking=True)
+            original_sizes = original_sizes.to(self._device, non_blocking=True)
+        return PaddedDetections(*self._detect(images, image_sizes, original_sizes))
 
 
 def detect_dataset(
-    network: nn.Module,
+    detect: InferencePass,
     dataset: CocoDataset,
     config: Config,
     process: Process,
@@ -30,12 +87,12 @@ def detect_dataset(
 ) -> list[dict[str, Any]]:
     """Detections of every image, in COCO's result format.
 
-    The processes share the images. The network is in eval mode meanwhile.
+    The processes share the images.
 
     Args:
-        network: images to predictions.
+        detect: the network.
         dataset: with the transforms of evaluation.
-        config: settings of the network.
+        config: for the number of workers.
         process: this one of them.
         batch_size: images of this process at a time.
 
@@ -43,24 +100,11 @@ def detect_dataset(
         The results of all processes in the main one; [] in the others.
     """
     results: list[dict[str, Any]] = []
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.inference_mode(), autocast(config, process.device):
-            loader = eval_loader(dataset, config.data, batch_size, process.rank, process.world_size)
-            for batch in loader:
-                batch = batch.to(process.device)
-                padded = postprocess(
-                    network(batch.images),
-                    batch.image_sizes,
-                    batch.original_sizes,
-                    config.model,
-                    config.postprocess,
-                )
-                sizes = batch.original_sizes.tolist()
-                for i, image_id in enumerate(batch.image_ids):
-                    found = Detections.from_padded(padded, i, dataset.class_names, tuple(sizes[i]))
-                    results += found.to_coco(image_id, dataset.category_ids)
-    finally:
-        network.train(was_training)
+    rank, world_size = process.rank, process.world_size
+    for batch in eval_loader(dataset, config.data, batch_size, rank, world_size, detect.shapes):
+        padded = detect(batch.images, batch.image_sizes, batch.original_sizes)
+        sizes = batch.original_sizes.tolist()
+        for i, image_id in enumerate(batch.image_ids):
+            found = Detections.from_padded(padded, i, dataset.class_names, tuple(sizes[i]))
+            results += found.to_coco(image_id, dataset.category_ids)
     return [result for share in process.gather(results) for result in share]

@@ -7,12 +7,13 @@ import math
 from .config import Config, ConfigError
 
 
-def check(config: Config, world_size: int = 1) -> None:
+def check(config: Config, world_size: int = 1, device: str = "cpu") -> None:
     """Raises ConfigError for settings that no training can have.
 
     Args:
         config: all settings.
         world_size: processes that share a batch.
+        device: type of the device they train on.
     """
     train, data, loss, post = config.train, config.data, config.loss, config.postprocess
     share = world_size * train.accumulation
@@ -41,6 +42,11 @@ def check(config: Config, world_size: int = 1) -> None:
             bool(data.min_sizes) and all(size >= 1 for size in data.min_sizes),
             "one or more numbers of pixels",
         ),
+        (
+            "data.image_shapes",
+            all(side >= 32 and side % 32 == 0 for shape in data.image_shapes for side in shape),
+            "pairs of multiples of 32",
+        ),
         ("data.max_size", data.max_size >= 1, ">= 1"),
         ("data.flip_probability", 0 <= data.flip_probability <= 1, "between 0 and 1"),
         ("data.mean", all(map(math.isfinite, data.mean)), "finite"),
@@ -58,6 +64,11 @@ def check(config: Config, world_size: int = 1) -> None:
             section, _, field = name.partition(".")
             value = getattr(getattr(config, section), field)
             raise ConfigError(f"{name} must be {rule}, got {value}")
+    if train.graph and (device != "cuda" or world_size > 1):
+        raise ConfigError(
+            "train.graph needs one process on a GPU, got "
+            f"{world_size} on {device}; train.compile works anywhere"
+        )
     model = config.model
     if model.backbone_weights == "none" and model.frozen_stages:
         raise ConfigError(

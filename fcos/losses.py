@@ -18,7 +18,6 @@ import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
 
 from .config import LossConfig, ModelConfig
-from .data.batches import Batch
 from .locations import feature_sizes
 from .model import Predictions
 
@@ -40,14 +39,21 @@ class Normalizers(NamedTuple):
         return self.sums[1]
 
 
-def assign_batch(batch: Batch, config: ModelConfig) -> AssignedTargets:
-    """What each location of the batch is to learn; see :func:`fcos_ext.assign_targets`."""
-    height, width = batch.images.shape[-2:]
+def assign(
+    image_size: tuple[int, int], config: ModelConfig, boxes: Tensor, labels: Tensor, counts: Tensor
+) -> AssignedTargets:
+    """What each location of a batch is to learn; see :func:`fcos_ext.assign_targets`.
+
+    Args:
+        image_size: (height, width) of the padded images.
+        config: strides and the rules of the assignment.
+        boxes, labels, counts: as those of :class:`fcos.data.batches.Batch`.
+    """
     return fcos_ext.assign_targets(
-        batch.boxes,
-        batch.labels,
-        batch.offsets,
-        feature_sizes=feature_sizes((height, width), config.strides),
+        boxes,
+        labels,
+        counts=counts,
+        feature_sizes=feature_sizes(image_size, config.strides),
         strides=config.strides,
         size_ranges=config.size_ranges,
         center_sampling_radius=config.center_sampling_radius,
@@ -78,7 +84,7 @@ def fcos_losses(
 
     Args:
         predictions: outputs of the network.
-        targets: see :func:`assign_batch`.
+        targets: see :func:`assign`.
         normalizers: see :func:`step_normalizers`.
         config: kinds and parameters.
 

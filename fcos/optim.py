@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainConfig
 
@@ -21,9 +21,12 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    rate: float | Tensor = config.learning_rate
+    if config.graph:  # which would keep a number as it is
+        rate = torch.tensor(rate, device=trainable[0].device)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=config.graph)
+    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True)
 
 
 def learning_rate(iteration: int, config: TrainConfig) -> float:
@@ -41,5 +44,9 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set it for the next step, without waiting for the device that a tensor of it is on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcos.config import Config
-from fcos.data.batches import pad_images
 from fcos.data.images import read_image
+from fcos.data.padding import pad_images
 from fcos.data.transforms import prepare_image
 from fcos.detections import Detections
+from fcos.detector import Detector
 from fcos.draw import Picture, to_pil
-from fcos.postprocess import PaddedDetections, postprocess
+from fcos.inference import InferencePass
+from fcos.postprocess import PaddedDetections
 from fcos.sources import find_files, is_video
 from fcos.video import Frame, VideoError, VideoReader, VideoWriter
 
@@ -52,9 +54,15 @@ class Predictor:
         class_names: Name of each class, by label.
         category_ids: Id of each class in the annotation file; for ``Detections.to_coco``.
         device: As torch names it, or "auto": the GPU if there is one.
+        amp: "bf16" runs the network under bfloat16 autocast, "none" in the precision of its
+            weights.
+        compile: ``torch.compile`` it all. The first picture takes minutes then; for many.
+        graph: Record it all as a CUDA graph for each shape of batch. Pictures are padded to a few
+            shapes; the CPU has nearly nothing left to do, which tells with small batches.
 
     Raises:
         ValueError: There is no class name, or not one category id per class.
+        fcos.config.ConfigError: ``graph`` without a GPU.
     """
 
     def __init__(
@@ -64,6 +72,10 @@ class Predictor:
         class_names: Sequence[str],
         category_ids: Sequence[int] = (),
         device: str | torch.device = "auto",
+        *,
+        amp: str = "none",
+        compile: bool = False,
+        graph: bool = False,
     ) -> None:
         if not class_names:
             raise ValueError("Predictor: class_names must not be empty")
@@ -75,10 +87,18 @@ class Predictor:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        self.network = network.to(self.device).eval()
+        self.network = network.to(self.device)
+        self.inference = InferencePass(
+            network, config, self.device, amp=amp, compile=compile, graph=graph
+        )
         self.config = config
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
+
+    @property
+    def detector(self) -> Detector:
+        """Network and post-processing in one module: what ``torch.export`` takes."""
+        return self.inference.detector
 
     def predict(
         self,
@@ -181,27 +201,17 @@ class Predictor:
         while batch := list(islice(pictures, batch_size)):
             sizes = [(image.shape[1], image.shape[2]) for _, image in batch]
             prepared = [prepare_image(image, self.config.data) for _, image in batch]
-            images, image_sizes = pad_images(prepared)
+            images, image_sizes = pad_images(prepared, self.inference.shapes)
             padded = self._detect(images, image_sizes, torch.tensor(sizes))
             for i, (key, image) in enumerate(batch):
                 detections = Detections.from_padded(padded, i, self.class_names, sizes[i])
                 yield key, image, detections.filter(score_threshold)
 
-    @torch.inference_mode()
     def _detect(
         self, images: Tensor, image_sizes: Tensor, original_sizes: Tensor
     ) -> PaddedDetections:
-        """A batch through the network, on the device; results on the CPU.
-
-        Args:
-            images (Tensor[N, 3, H, W]): normalised and padded.
-            image_sizes (Tensor[N, 2]): height and width of each inside the padding.
-            original_sizes (Tensor[N, 2]): of the pictures that boxes are to refer to.
-        """
-        outputs = self.network(images.to(self.device))
-        padded = postprocess(
-            outputs, image_sizes, original_sizes, self.config.model, self.config.postprocess
-        )
+        """As ``inference``, with the results on the CPU."""
+        padded = self.inference(images, image_sizes, original_sizes)
         return PaddedDetections(*(field.cpu() for field in padded))
 
 

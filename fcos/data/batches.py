@@ -7,8 +7,9 @@ import multiprocessing.process
 import os
 import signal
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fcos.config import DataConfig
+from fcos.data.padding import Shape, fixed_shapes, pad_images
 from fcos.data.sampling import SampleIndex, TrainingBatches, check_rank
 
 if TYPE_CHECKING:
@@ -51,18 +53,18 @@ class Sample(NamedTuple):
 
 @dataclass
 class Batch:
-    """N samples; the boxes of all images in one tensor, image after image."""
+    """N samples; the boxes of all images in one tensor, padded to M each."""
 
     images: Tensor
     """float32 [N, 3, H, W], zero padded at the right and the bottom."""
     image_sizes: Tensor
     """int64 [N, 2] (height, width) of each image inside the padding."""
     boxes: Tensor
-    """float32 [sum M, 4] xyxy pixels."""
+    """float32 [N, M, 4] xyxy pixels; 0 in the padding."""
     labels: Tensor
-    """int64 [sum M], 0..C-1."""
-    offsets: Tensor
-    """int64 [N + 1]: image i has boxes offsets[i] to offsets[i + 1]."""
+    """int64 [N, M], 0..C-1; -1 in the padding."""
+    counts: Tensor
+    """int64 [N]: how many of the M boxes are those of the image."""
     image_ids: list[int]
     """Ids in the JSON."""
     original_sizes: Tensor
@@ -78,92 +80,59 @@ class Batch:
         non_blocking: bool = True,
     ) -> Batch:
         """A copy on `device`, its images in `memory_format`."""
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking, memory_format=memory_format),
-            self.image_sizes.to(device, non_blocking=non_blocking),
-            self.boxes.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.offsets.to(device, non_blocking=non_blocking),
-            self.image_ids,
-            self.original_sizes.to(device, non_blocking=non_blocking),
-        )
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved.images = moved.images.contiguous(memory_format=memory_format)
+        return moved
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            self.images.pin_memory(),
-            self.image_sizes.pin_memory(),
-            self.boxes.pin_memory(),
-            self.labels.pin_memory(),
-            self.offsets.pin_memory(),
+            function(self.images),
+            function(self.image_sizes),
+            function(self.boxes),
+            function(self.labels),
+            function(self.counts),
             self.image_ids,
-            self.original_sizes.pin_memory(),
+            function(self.original_sizes),
         )
 
-    def split(self, parts: int) -> list[Batch]:
-        """Equal consecutive parts, with the padding of the whole (for gradient accumulation).
 
-        Call it before moving the batch to a GPU: it reads the offsets.
-
-        Raises:
-            ValueError: The number of images is not a multiple of `parts`.
-        """
-        if parts < 1 or len(self) % parts:
-            raise ValueError(f"split: {len(self)} images do not make {parts} equal parts")
-        step = len(self) // parts
-        offsets = self.offsets.tolist()
-        batches = []
-        for first in range(0, len(self), step):
-            last = first + step
-            boxes = slice(offsets[first], offsets[last])
-            batches.append(
-                Batch(
-                    self.images[first:last],
-                    self.image_sizes[first:last],
-                    self.boxes[boxes],
-                    self.labels[boxes],
-                    self.offsets[first : last + 1] - offsets[first],
-                    self.image_ids[first:last],
-                    self.original_sizes[first:last],
-                )
-            )
-        return batches
-
-
-def pad_images(images: Sequence[Tensor], size_divisor: int = 32) -> tuple[Tensor, Tensor]:
-    """Puts images of different sizes into one tensor.
+def collate(
+    samples: Sequence[Sample], shapes: Sequence[Shape] = (), max_boxes: int | None = None
+) -> Batch:
+    """Makes a batch of samples.
 
     Args:
-        images (sequence of Tensor[3, H_i, W_i]): At least one.
-        size_divisor (int): Height and width of the result are multiples of this.
-
-    Returns:
-        (Tensor[N, 3, H, W], Tensor[N, 2]): The images, zero at the right and the bottom, and
-        the int64 (height, width) of each, on the CPU.
+        samples: At least one.
+        shapes: That the images may be padded to; see `pad_images`.
+        max_boxes: M of the batch; None: as many as the image with the most boxes has.
 
     Raises:
-        ValueError: There is no image.
+        ValueError: There is no sample, or one has more boxes than `max_boxes`.
     """
-    if not images:
-        raise ValueError("pad_images: images must hold at least one image, got none")
-    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
-    height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
-    padded = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-    for slot, image in zip(padded, images, strict=True):
-        slot[:, : image.shape[-2], : image.shape[-1]].copy_(image)
-    return padded, sizes
-
-
-def collate(samples: Sequence[Sample], size_divisor: int = 32) -> Batch:
-    """Makes a batch of samples; see `pad_images` for the padding."""
-    images, sizes = pad_images([sample.image for sample in samples], size_divisor)
-    counts = torch.tensor([0] + [len(sample.boxes) for sample in samples], dtype=torch.int64)
+    images, sizes = pad_images([sample.image for sample in samples], shapes)
+    counts = [len(sample.boxes) for sample in samples]
+    if max_boxes is None:
+        max_boxes = max(counts)
+    boxes = torch.zeros(len(samples), max_boxes, 4)
+    labels = torch.full((len(samples), max_boxes), -1)
+    for i, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+        if count > max_boxes:
+            raise ValueError(
+                f"collate: image {sample.image_id} must have at most max_boxes = {max_boxes} "
+                f"boxes, got {count}"
+            )
+        boxes[i, :count] = sample.boxes
+        labels[i, :count] = sample.labels
     return Batch(
         images=images,
         image_sizes=sizes,
-        boxes=torch.cat([sample.boxes for sample in samples]),
-        labels=torch.cat([sample.labels for sample in samples]),
-        offsets=counts.cumsum(0),
+        boxes=boxes,
+        labels=labels,
+        counts=torch.tensor(counts),
         image_ids=[sample.image_id for sample in samples],
         original_sizes=torch.tensor([s.original_size for s in samples], dtype=torch.int64),
     )
@@ -179,10 +148,17 @@ def training_loader(
     start_iteration: int = 0,
     iterations: int | None = None,
     accumulation: int = 1,
+    fixed: bool = False,
 ) -> DataLoader[Sample]:
     """Yields the `Batch` of this process for iterations start_iteration..iterations - 1.
 
-    With `accumulation`, call `Batch.split` on each; see `TrainingBatches` for the arguments.
+    Args:
+        dataset: The images.
+        config: For the number of workers and the shapes.
+        batch_size, seed, rank, world_size, accumulation, start_iteration, iterations: See
+            `TrainingBatches`.
+        fixed: Batches have few shapes, as CUDA graphs need them: images those of `fixed_shapes`,
+            and boxes as many rows as the image of the data set with the most.
 
     Raises:
         ValueError: As `TrainingBatches` does.
@@ -202,7 +178,11 @@ def training_loader(
         dataset,
         batch_sampler=batches,
         num_workers=_workers(config, iterations),
-        collate_fn=collate,
+        collate_fn=partial(
+            collate,
+            shapes=fixed_shapes(config) if fixed else config.image_shapes,
+            max_boxes=max(1, dataset.max_boxes) if fixed else None,
+        ),
         worker_init_fn=_leave_signals_to_training,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from the global one
@@ -215,6 +195,7 @@ def eval_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    shapes: Sequence[Shape] = (),
 ) -> DataLoader[Sample]:
     """Yields this process's consecutive share of all images in order, each image once.
 
@@ -223,6 +204,7 @@ def eval_loader(
         config (DataConfig): For the number of workers.
         batch_size (int): Images a batch of this process; the last batch may be smaller.
         rank (int), world_size (int): Which share; shares differ by at most one image.
+        shapes: That the images may be padded to; see `pad_images`.
 
     Raises:
         ValueError: `batch_size`, `rank` or `world_size` is out of its range.
@@ -239,7 +221,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=share,
         num_workers=_workers(config, -(-len(share) // batch_size)),
-        collate_fn=collate,
+        collate_fn=partial(collate, shapes=shapes),
         worker_init_fn=_leave_signals_to_training,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),

@@ -82,6 +82,11 @@ class CocoDataset(Dataset[Sample]):
         """[N] width / height of each image."""
         return self._data.sizes[:, 1] / self._data.sizes[:, 0]
 
+    @property
+    def max_boxes(self) -> int:
+        """Boxes of the image that has the most."""
+        return int(np.diff(self._data.offsets).max(initial=0))
+
     def path(self, index: int) -> Path:
         """The picture's file."""
         return self.images / os.fsdecode(self._data.file_names[index])

@@ -207,6 +207,7 @@ def test_predict_errors(
     (tmp_path / "file").write_text("")
     blocked = ["predict", best, picture, "--output", tmp_path / "file" / "out"]
     assert f"{tmp_path / 'file' / 'out'}: Not a directory" in one_line(blocked, capsys)
+    assert "graph needs a GPU" in one_line(["predict", best, picture, "--graph"], capsys)
     assert "device gpu" in one_line(["predict", best, picture, "--device", "gpu"], capsys)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     broken = ["predict", best, picture, tmp_path / "broken.png", "--output", tmp_path / "out"]

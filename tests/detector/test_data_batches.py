@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from fcos.data.batches import (
     TrainingBatches,
     collate,
     eval_loader,
-    pad_images,
     training_loader,
 )
 from fcos.data.coco import CocoDataset
 from fcos.data.images import ImageError
-from fcos.data.transforms import eval_transforms, train_transforms
+from fcos.data.padding import fixed_shapes, pad_images, padded_size
+from fcos.data.transforms import eval_transforms, resized_size, train_transforms
 
 CONFIG = DataConfig(min_sizes=(24, 32, 40), max_size=64, photometric=True, workers=0)
 
@@ -78,28 +79,77 @@ def test_pad_images():
         height, width = image.shape[1:]
         assert torch.equal(slot[:, :height, :width], image)
         assert not slot[:, height:].any() and not slot[:, :, width:].any()
-    assert pad_images(images, 1)[0].shape == (2, 3, 33, 64)
     with pytest.raises(ValueError, match="at least one image"):
         pad_images([])
+
+
+def test_pad_images_to_a_shape():
+    images = [torch.rand(3, 33, 20) + 1, torch.rand(3, 10, 64) + 1]
+    shapes = [(96, 96), (64, 128), (64, 96), (32, 320)]
+    padded, sizes = pad_images(images, shapes)
+    assert padded.shape == (2, 3, 64, 96) and sizes.tolist() == [[33, 20], [10, 64]]
+    assert torch.equal(padded[:, :, :64, :64], pad_images(images)[0]) and not padded[..., 64:].any()
+    assert pad_images(images, shapes[3:])[0].shape == (2, 3, 64, 64)  # none is large enough
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {},
+            [(800, w) for w in (960, 1088, 1216, 1344)]
+            + [(h, 800) for h in (960, 1088, 1216, 1344)]
+            + [(1344, 1344)],
+        ),
+        ({"min_sizes": (640, 64), "max_size": 640}, [(640, 640)]),
+        ({"min_sizes": (900,), "max_size": 512}, [(512, 512)]),
+        ({"image_shapes": ((64, 96),)}, [(64, 96)]),
+    ],
+)
+def test_fixed_shapes(settings, expected):
+    assert list(fixed_shapes(DataConfig(**settings))) == expected
+
+
+def test_fixed_shapes_hold_whatever_is_resized():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        sizes = random.integers(32, 900, random.integers(1, 4)).tolist()
+        config = DataConfig(min_sizes=tuple(sizes), max_size=int(random.integers(32, 1400)))
+        shapes = fixed_shapes(config)
+        assert len(shapes) <= 9
+        image = random.integers(1, 3000, 2).tolist()
+        size = resized_size(*image, int(random.choice(sizes)), config.max_size)
+        assert padded_size(size, shapes) in shapes
 
 
 def test_collate():
     samples = [sample(30, 40, 2, 5), sample(20, 70, 0, 6), sample(33, 10, 3, 4)]
     batch = collate(samples)
     assert batch.images.shape == (3, 3, 64, 96)
-    assert batch.offsets.tolist() == [0, 2, 2, 5] and batch.offsets.dtype == torch.int64
-    assert torch.equal(batch.boxes[2:5], samples[2].boxes)
-    assert batch.labels.tolist() == [0, 1, 0, 1, 2] and batch.labels.dtype == torch.int64
+    assert batch.counts.tolist() == [2, 0, 3] and batch.counts.dtype == torch.int64
+    assert batch.boxes.shape == (3, 3, 4) and batch.boxes.dtype == torch.float32
+    assert torch.equal(batch.boxes[2], samples[2].boxes)
+    assert torch.equal(batch.boxes[0, :2], samples[0].boxes) and not batch.boxes[0, 2:].any()
+    assert batch.labels.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 1, 2]]
+    assert batch.labels.dtype == torch.int64
     assert batch.image_ids == [5, 6, 4] and len(batch) == 3
     assert batch.image_sizes.tolist() == [[30, 40], [20, 70], [33, 10]]
     assert batch.original_sizes.tolist() == [[60, 80], [40, 140], [66, 20]]
-    assert collate(samples, size_divisor=10).images.shape == (3, 3, 40, 70)
+
+
+def test_collate_to_fixed_sizes():
+    samples = [sample(30, 40, 2, 5), sample(20, 70, 0, 6)]
+    batch = collate(samples, [(64, 128)], max_boxes=4)
+    assert batch.images.shape == (2, 3, 64, 128)
+    assert batch.boxes.shape == (2, 4, 4) and batch.counts.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="image 5 must have at most max_boxes = 1 boxes, got 2"):
+        collate(samples, max_boxes=1)
 
 
 def test_collate_without_any_box():
     batch = collate([sample(8, 8, 0), sample(8, 8, 0)])
-    assert batch.boxes.shape == (0, 4) and batch.labels.dtype == torch.int64
-    assert batch.offsets.tolist() == [0, 0, 0]
+    assert batch.boxes.shape == (2, 0, 4) and batch.labels.dtype == torch.int64
+    assert batch.counts.tolist() == [0, 0]
 
 
 def test_to_another_format():
@@ -112,16 +162,16 @@ def test_to_another_format():
     assert len(tensors) == 6 and all(value.is_meta for value in tensors)
 
 
-def test_split_is_the_whole_in_parts():
-    batch = collate([sample(20 + 9 * i, 30, i, i) for i in range(6)])
-    parts = batch.split(3)
-    assert [part.image_ids for part in parts] == [[0, 1], [2, 3], [4, 5]]
-    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-    assert torch.equal(torch.cat([part.boxes for part in parts]), batch.boxes)
-    assert [part.offsets.tolist() for part in parts] == [[0, 0, 1], [0, 2, 5], [0, 4, 9]]
-    assert [len(part.labels) for part in parts] == [1, 5, 9]
-    with pytest.raises(ValueError, match="6 images do not make 4 equal parts"):
-        batch.split(4)
+def test_loader_with_few_shapes(training):
+    config = replace(CONFIG, group_by_aspect_ratio=False)
+    shapes = fixed_shapes(config)
+    most = max(len(training.target(i)[0]) for i in range(len(training)))
+    assert training.max_boxes == most > 0
+    for batch in training_loader(training, config, 4, iterations=6, fixed=True):
+        assert tuple(batch.images.shape[2:]) in shapes
+        assert batch.boxes.shape == (4, most, 4)
+    boxes = {b.boxes.shape[1] for b in training_loader(training, config, 4, iterations=6)}
+    assert len(boxes) > 1, "the data set is too uniform to show a difference"
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -236,7 +286,10 @@ def test_ranks_and_restarts_change_nothing(training):
     left, right = (load(training, 0, rank=rank, world_size=2) for rank in (0, 1))
     for a, b, both in zip(left, right, whole, strict=True):
         assert a.image_ids + b.image_ids == both.image_ids
-        assert torch.equal(torch.cat([a.boxes, b.boxes]), both.boxes)
+        assert torch.equal(torch.cat([a.counts, b.counts]), both.counts)
+        found, expected = [*a.boxes, *b.boxes], both.boxes
+        for i, count in enumerate(both.counts):
+            assert torch.equal(found[i][:count], expected[i, :count])
         height, width = both.image_sizes[0].tolist()
         assert torch.equal(a.images[0, :, :height, :width], both.images[0, :, :height, :width])
 

@@ -19,8 +19,8 @@ from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
 from fcos.distributed import Process, choose_device, start_process, stop_process
 from fcos.engine import _new_folder, _Training
-from fcos.inference import detect_dataset
-from fcos.losses import assign_batch
+from fcos.inference import InferencePass, detect_dataset
+from fcos.losses import assign
 from fcos.model import FCOS
 from fcos.presets import tiny
 
@@ -39,21 +39,23 @@ CASES = {
 }
 
 
-def batch_of(truths: list[list[list[int]]]) -> Batch:
+def batch_of(truths: list[list[list[int]]], rank: int = 0, world_size: int = 1) -> Batch:
+    """The share of one process."""
     torch.manual_seed(1)
     samples = []
     for number, boxes in enumerate(truths):
         image = torch.randn(3, 64, 64)
         truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         samples.append(Sample(image, truth, torch.arange(len(boxes)), number, (64, 64)))
-    return collate(samples)
+    share = len(samples) // world_size
+    return collate(samples[rank * share : (rank + 1) * share])
 
 
 def step(process: Process, truths: list[list[list[int]]], accumulation: int) -> dict[str, Any]:
     """Losses and gradients of an optimiser step on four images, over all processes."""
     train = TrainConfig(learning_rate=0.01, accumulation=accumulation)
     training = _Training(Config(FROZEN, train=train), process, None, None)  # type: ignore[arg-type]
-    share = batch_of(truths).split(process.world_size)[process.rank]
+    share = batch_of(truths, process.rank, process.world_size)
     losses = process.sum(training.step(share, 0.01))
     gradients = {name: p.grad for name, p in training.network.named_parameters()}
     return {"losses": losses, **gradients}
@@ -68,7 +70,8 @@ def detections(process: Process, shapes: Path) -> list[dict[str, Any]]:
         network.head.cls_logits.bias.fill_(0.0)
         network.head.ltrb.bias.fill_(2.0)
     dataset = CocoDataset(shapes / "val.json", transforms=eval_transforms(config.data))
-    return detect_dataset(network, dataset, config, process, batch_size=1)
+    detect = InferencePass(network, config, process.device)
+    return detect_dataset(detect, dataset, config, process, batch_size=1)
 
 
 def two_processes(rank: int, folder: Path, shapes: Path) -> None:
@@ -135,7 +138,9 @@ def test_step_equals_that_of_one_process(
 
 def test_a_single_positive(one_thread: None) -> None:
     """The case above is what it says."""
-    assert assign_batch(batch_of(CASES["a single one"]), FROZEN).num_pos.sum() == 1
+    one = batch_of(CASES["a single one"])
+    targets = assign((64, 64), FROZEN, one.boxes, one.labels, one.counts)
+    assert targets.num_pos.sum() == 1
 
 
 def test_evaluation_equals_that_of_one_process(

@@ -99,7 +99,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
 
     a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(parts / "last.pt")
     assert a["iteration"] == b["iteration"] == 12
-    assert {"network", "optimizer", "averaged_steps", "random"} <= set(a["training"])
+    assert {"network", "optimizer", "average_started", "random"} <= set(a["training"])
     assert len(a["training"]["optimizer"]["state"]) > 50
     assert_same(a["model"], b["model"], "model")
     assert_same(a["training"], b["training"], "training")
@@ -330,7 +330,7 @@ def test_resume_can_start_an_average(short_run: Config) -> None:
     run = train(changed(short_run, iterations=2, ema_decay=0.0), HERE)
     loaded = load_checkpoint(run / "last.pt")["config"]
     train(changed(loaded, iterations=4, ema_decay=0.5), HERE, resume=run)
-    assert load_checkpoint(run / "last.pt")["training"]["averaged_steps"] == 2
+    assert load_checkpoint(run / "last.pt")["training"]["average_started"] is True
 
 
 def test_resume_refuses_another_network(short_run: Config, shapes: Path, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.shapes import generate_shapes
 from fcos.data.transforms import eval_transforms
-from fcos.losses import Normalizers, assign_batch, fcos_losses, step_normalizers
+from fcos.losses import Normalizers, assign, fcos_losses, step_normalizers
 from fcos.model import FCOS, Predictions
 from fcos.postprocess import postprocess
 from fcos.presets import improved, tiny
+from fcos_ext import AssignedTargets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +49,11 @@ def sample(
         image_id,
         (size, size),
     )
+
+
+def assign_batch(batch: Batch, config: ModelConfig) -> AssignedTargets:
+    height, width = batch.images.shape[2:]
+    return assign((height, width), config, batch.boxes, batch.labels, batch.counts)
 
 
 def losses_of(
@@ -163,7 +169,7 @@ def test_images_without_boxes(truths: tuple[Any, Any], frozen_batch_norm: bool) 
     sum(losses.values()).backward()
     assert all(v.dtype == torch.float32 and v.shape == () for v in losses.values())
     assert all(math.isfinite(v.item()) for v in losses.values())
-    empty = not len(batch.boxes)
+    empty = not batch.counts.any()
     assert (losses["box"].item() == 0) == empty and (losses["centerness"].item() == 0) == empty
     assert losses["cls"].item() > 0
     for name, parameter in network.named_parameters():
@@ -210,13 +216,13 @@ def test_accumulation_equals_one_pass() -> None:
     torch.manual_seed(0)
     network = FCOS(SMALL)
     truths = [NONE, NONE, ([[4, 4, 40, 40]], [1]), ([[2, 2, 60, 60], [8, 8, 30, 30]], [0, 2])]
-    batch = collate([sample(*truth) for truth in truths])
-    whole = losses_of(network, batch)
+    samples = [sample(*truth) for truth in truths]
+    whole = losses_of(network, collate(samples))
     sum(whole.values()).backward()
     expected = {name: p.grad.clone() for name, p in network.named_parameters()}
     network.zero_grad()
 
-    parts = batch.split(2)
+    parts = [collate(samples[:2]), collate(samples[2:])]
     normalizers = step_normalizers([assign_batch(part, SMALL) for part in parts])
     passes = [losses_of(network, part, normalizers) for part in parts]
     for losses in passes:
@@ -225,6 +231,30 @@ def test_accumulation_equals_one_pass() -> None:
         assert sum(p[name].item() for p in passes) == pytest.approx(value.item(), rel=1e-5)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_step_compiles_whole() -> None:
+    """Network, assignment and losses as one graph without a break, and its gradients."""
+
+    def loss(network: FCOS, images: Tensor, *truth: Tensor) -> Tensor:
+        targets = assign((64, 64), SMALL, *truth)
+        normalizers = step_normalizers([targets])
+        terms = fcos_losses(network(images), targets, normalizers, LossConfig())
+        return torch.stack(list(terms.values()))
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = FCOS(SMALL)
+    parameters = list(network.parameters())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for truths in ([NONE, ([[4, 4, 40, 40]], [1])], [NONE, NONE]):
+        batch = collate([sample(*truth) for truth in truths])
+        arguments = (batch.images, batch.boxes, batch.labels, batch.counts)
+        expected, found = loss(network, *arguments), compiled(network, *arguments)
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found.sum(), parameters)
+        for a, b in zip(gradients, torch.autograd.grad(expected.sum(), parameters), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def toy_batch() -> Batch:
@@ -262,7 +292,7 @@ def test_overfits_a_few_images(tmp_path: Path) -> None:
     data = replace(config.data, min_sizes=(128,), max_size=128)
     dataset = CocoDataset(tmp_path / "train.json", transforms=eval_transforms(data))
     batch = collate([dataset[i] for i in range(4)])
-    assert len(batch.boxes) >= 6
+    assert batch.counts.sum() >= 6
     torch.manual_seed(0)
     model = replace(config.model, num_classes=6)
     network = FCOS(model).train()
@@ -284,8 +314,8 @@ def test_overfits_a_few_images(tmp_path: Path) -> None:
     with torch.no_grad():
         outputs = network(batch.images)
     found = postprocess(outputs, batch.image_sizes, batch.image_sizes, model, PostprocessConfig())
-    for i, (first, last) in enumerate(zip(batch.offsets, batch.offsets[1:], strict=False)):
-        for box, label in zip(batch.boxes[first:last], batch.labels[first:last], strict=True):
+    for i, count in enumerate(batch.counts):
+        for box, label in zip(batch.boxes[i, :count], batch.labels[i, :count], strict=True):
             same = (found.labels[i] == label) & (found.scores[i] > 0.3)
             overlap = box_iou(box[None], found.boxes[i][same])
             assert overlap.numel() and overlap.max() > 0.5, (i, box, label)
