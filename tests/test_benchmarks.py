@@ -14,9 +14,11 @@ from torch import Tensor
 from benchmarks import (
     bench_accelerate,
     bench_fcos_loss,
+    bench_inference,
     bench_iou_loss,
     bench_nms,
     bench_sigmoid_focal_loss,
+    bench_train_step,
     shapes,
 )
 from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
@@ -39,15 +41,17 @@ def make_case(**providers: Any) -> Case:
 
 
 @pytest.mark.parametrize(
-    "module, num_rows",
+    "module, num_rows, baseline",
     [
-        (bench_fcos_loss, 4),
-        (bench_iou_loss, 8),
-        (bench_sigmoid_focal_loss, 22),
+        (bench_fcos_loss, 4, "torch.compile of reference"),
+        (bench_inference, 3, "torchvision"),
+        (bench_iou_loss, 8, "torch.compile of reference"),
+        (bench_sigmoid_focal_loss, 22, "torch.compile of reference"),
+        (bench_train_step, 3, "torchvision"),
     ],
 )
 def test_quick_run(
-    module: Any, num_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: Any, num_rows: int, baseline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "rows.json"
     arguments = ["--quick", "--output", str(output)]
@@ -60,7 +64,7 @@ def test_quick_run(
         assert {"device", "torch", "commit", "date", "instruction_set", "threads"} <= row.keys()
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
-    assert printed.count("x ours") == num_rows and "torch.compile of reference" in printed
+    assert printed.count("x ours") == num_rows and baseline in printed
 
 
 def test_quick_run_of_a_section(tmp_path: Path) -> None:
