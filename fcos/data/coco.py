@@ -19,7 +19,13 @@ from fcos.data.batches import Sample
 from fcos.data.images import exif_orientation, read_image
 from fcos.data.sampling import SampleIndex
 
-__all__ = ["AnnotationError", "AnnotationReport", "CocoDataset", "shared_image_files"]
+__all__ = [
+    "AnnotationError",
+    "AnnotationReport",
+    "CocoDataset",
+    "image_folder",
+    "shared_image_files",
+]
 
 Transforms = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 
@@ -53,7 +59,7 @@ class CocoDataset(Dataset[Sample]):
         check_images: bool = True,
     ) -> None:
         self.annotations = Path(annotations)
-        self.images = Path(images) if images is not None else _image_folder(self.annotations)
+        self.images = Path(images) if images is not None else image_folder(self.annotations)
         self.transforms = transforms
         self._data = read_annotations(self.annotations, self.images, check_images)
 
@@ -162,6 +168,7 @@ def _files(data: CocoDataset) -> set[str]:
     return {os.path.normpath(folder / name) for name in names}
 
 
-def _image_folder(annotations: Path) -> Path:
+def image_folder(annotations: Path) -> Path:
+    """Where the pictures are unless one is told: "images" beside the JSON, or its own folder."""
     beside = annotations.parent / "images"
     return beside if beside.is_dir() else annotations.parent
