@@ -24,8 +24,9 @@ Integers = NDArray[np.int64]
 REASONS = ("", "between locations", "wrong level", "off centre", "covered", "outside")
 """Why a box has no location; the place of a reason is its number in ``Analysis.reasons``.
 
-- "between locations": no location of any level lies inside it.
-- "wrong level": locations lie inside, but only of levels whose size range it does not meet there.
+- "between locations": it is too small: no location of the finest level lies inside it.
+- "wrong level": locations of the finest level lie inside, but no location that lies inside is of a
+  level whose size range it meets there.
 - "off centre": it would have locations, but none close enough to its centre for center sampling.
 - "covered": it would have locations, but smaller boxes have taken all of them.
 - "outside": it has no area left when it ends at its last pixel (``corners="pixels"``).
@@ -250,16 +251,14 @@ def _table(boxes: Integers, levels: Integers, count: int, depth: int) -> Integer
 def _reasons(picture: _Picture, lost: Integers, covered: NDArray[np.bool_]) -> NDArray[np.int8]:
     """Why each of these boxes has no location; those that have candidates are covered."""
     whole = replace(picture.conventions, center_sampling_radius=0.0)
-    anywhere = replace(
-        whole, boundary="inclusive", size_ranges=((0.0, np.inf),) * len(whole.strides)
-    )
+    finest = replace(whole, strides=(min(whole.strides),), size_ranges=((0.0, np.inf),))
     sides = picture.boxes[lost, 2:] - picture.boxes[lost, :2]
     reasons = np.select(
         [
             covered,
             (sides <= 0).any(axis=1),
             picture.reach(lost, whole),
-            picture.reach(lost, anywhere),
+            picture.reach(lost, finest),
         ],
         [COVERED, OUTSIDE, OFF_CENTER, WRONG_LEVEL],
         default=BETWEEN,

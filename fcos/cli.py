@@ -24,6 +24,7 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   train     train a detector
   eval      measure a checkpoint on annotated images
   predict   draw detections on images and videos
+  analyze   what can be learned of your boxes, before training
   env       what is installed, what is missing and why
 """
 
@@ -307,9 +308,16 @@ def _env(arguments: list[str]) -> int:
     return 0
 
 
+def _analyze(arguments: list[str]) -> int:
+    from .analysis_commands import analyze
+
+    return analyze(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "analyze": _analyze,
     "env": _env,
 }

@@ -169,7 +169,7 @@ def why(
             for x in range(stride // 2, math.ceil(size[1] / stride) * stride, stride):
                 if not (box[0] < x < box[2] and box[1] < y < box[3]):
                     continue
-                inside = True
+                inside |= stride == min(conventions.strides)
                 longest = max(x - box[0], y - box[1], box[2] - x, box[3] - y)
                 if conventions.boundary == "inclusive":
                     in_range |= low <= longest <= high
