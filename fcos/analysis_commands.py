@@ -1,4 +1,4 @@
-"""``fcos analyze``: what can be learned of a data set, before anything is trained."""
+"""``fcos analyze`` and ``fcos targets``: what can be learned, before anything is trained."""
 
 from __future__ import annotations
 
@@ -62,9 +62,58 @@ def analyze(arguments: list[str]) -> int:
     return 0
 
 
-def _read(options: ConventionOptions, conventions: Conventions) -> Annotations:
-    from .data.annotations import read_annotations
+@dataclass(frozen=True, kw_only=True)
+class TargetsOptions(ConventionOptions):
+    """Pictures of what the locations of each level learn: positives, centerness, distances."""
+
+    image_ids: tuple[int, ...] = ()
+    """Ids of the images to draw, as the JSON has them. None: the first that have boxes."""
+    first: int = 4
+    """How many are drawn if no ids are given."""
+    output: Path = Path("targets")
+    """Folder for the pictures, ID-NAME.jpg."""
+
+
+def targets(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
+    options = tyro.cli(TargetsOptions, prog="fcos targets", args=arguments)
+    if options.first < 1:
+        raise ConfigError(f"--first must be >= 1, got {options.first}")
+    conventions = options.resolve()
+    from .targets_pictures import draw_targets
+
+    annotations = _read(options, conventions)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for index in _chosen(options, annotations):
+        path = draw_targets(annotations, _images(options), index, conventions, options.output)
+        print(path)
+    return 0
+
+
+def _chosen(options: TargetsOptions, annotations: Annotations) -> list[int]:
+    """Positions of the images to draw."""
+    if not options.image_ids:
+        counts = (annotations.offsets[1:] - annotations.offsets[:-1]).tolist()
+        with_boxes = [index for index, count in enumerate(counts) if count]
+        if not with_boxes:
+            raise ConfigError(f"{options.data}: no image has a box; name images by --image-ids")
+        return with_boxes[: options.first]
+    positions = {number: index for index, number in enumerate(annotations.image_ids.tolist())}
+    for number in options.image_ids:
+        if number not in positions:
+            raise ConfigError(f"{options.data}: --image-ids: there is no image {number}")
+    return [positions[number] for number in dict.fromkeys(options.image_ids)]
+
+
+def _images(options: ConventionOptions) -> Path:
     from .data.coco import image_folder
 
-    images = options.images if options.images is not None else image_folder(options.data)
-    return read_annotations(options.data, images, check_images=False, keep_crowd=conventions.crowd)
+    return options.images if options.images is not None else image_folder(options.data)
+
+
+def _read(options: ConventionOptions, conventions: Conventions) -> Annotations:
+    from .data.annotations import read_annotations
+
+    return read_annotations(
+        options.data, _images(options), check_images=False, keep_crowd=conventions.crowd
+    )

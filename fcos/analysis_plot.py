@@ -44,7 +44,7 @@ def plot_analysis(analysis: Analysis, path: str | Path) -> None:
         _reasons(reasons, analysis)
         _sizes(sizes, analysis)
         _levels(levels, analysis)
-    figure.suptitle(f"{title}\n", fontsize=14, color=_INK)
+    figure.suptitle(f"{title}\n", fontsize=14, color=_INK, parse_math=False)
     figure.text(0.5, 0.965, describe(analysis.conventions), ha="center", va="top", color="#606060")
     figure.savefig(path, dpi=120)
 

@@ -25,6 +25,7 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   eval      measure a checkpoint on annotated images
   predict   draw detections on images and videos
   analyze   what can be learned of your boxes, before training
+  targets   pictures of what each location learns
   env       what is installed, what is missing and why
 """
 
@@ -314,10 +315,17 @@ def _analyze(arguments: list[str]) -> int:
     return analyze(arguments)
 
 
+def _targets(arguments: list[str]) -> int:
+    from .analysis_commands import targets
+
+    return targets(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
     "analyze": _analyze,
+    "targets": _targets,
     "env": _env,
 }
