@@ -55,14 +55,12 @@ def draw_positives(
     positive = level.matched >= 0
     low, high = level.size_range
     sizes = f"from {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+    ambiguous = positive & (level.candidates > 1)
     count = int(positive.sum())
-    show(
-        axes,
-        0.35 * _grey(pixels) + 0.6,
-        targets.size,
-        f"{level.name}, stride {level.stride}, sizes {sizes}: "
-        + (f"{count:,} locations" if count > 1 else "1 location"),
-    )
+    text = f"{level.name}, stride {level.stride}, sizes {sizes}\n"
+    text += f"{count:,} locations" if count > 1 else "1 location"
+    text += f", {int(ambiguous.sum()):,} in several boxes (ringed)" if ambiguous.any() else ""
+    show(axes, 0.35 * _grey(pixels) + 0.6, targets.size, text)
     rgba = np.zeros((*positive.shape, 4), dtype=np.float32)
     for index in level.boxes().tolist():
         rgba[level.matched == index] = (*rgb(index), 0.75)
@@ -71,7 +69,6 @@ def draw_positives(
         axes.scatter(*_places(level, ~positive), s=1.2, color="#707070", linewidths=0)
     size = _dot(axes, targets, level)
     axes.scatter(*_places(level, positive), s=size, color="black", linewidths=0)
-    ambiguous = positive & (level.candidates > 1)
     if ambiguous.any():
         axes.scatter(
             *_places(level, ambiguous),
@@ -79,14 +76,6 @@ def draw_positives(
             facecolors="none",
             edgecolors="black",
             linewidths=0.8,
-            label="ambiguous",
-        )
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1.02, 0.985),
-            frameon=False,
-            fontsize=9,
-            handletextpad=0.1,
         )
     for index in level.boxes().tolist():
         outline(axes, targets.boxes[index], edgecolor=rgb(index), linewidth=1.8)

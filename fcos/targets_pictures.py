@@ -35,6 +35,8 @@ from .targets_panels import (
 )
 
 _MOST_LISTED = 14  # boxes in the table
+_NARROWEST = 3.4  # inches of a panel, for its title
+_TITLE = 0.5  # inches
 
 
 def plot_targets(
@@ -60,13 +62,14 @@ def plot_targets(
     pixels = _pixels(image, targets.size)
     shown = [level for level in targets.levels if (level.matched >= 0).any()]
     height, width = targets.size
-    across = math.sqrt(PANEL_AREA * min(3.0, max(1 / 3, width / height)))
-    down = PANEL_AREA / across + 0.35
-    figure = Figure(
-        figsize=(3 * across + 0.5, (1 + len(shown)) * down + 0.5), layout="constrained", dpi=100
-    )
+    across = math.sqrt(PANEL_AREA * min(3.0, max(0.4, width / height)))  # inches
+    header = PANEL_AREA / across
+    across = max(_NARROWEST, across)
+    panel = min(header, across * height / width)
+    rows = [header + _TITLE, *[panel + _TITLE] * len(shown)]
+    figure = Figure(figsize=(3 * across + 0.5, sum(rows) + 0.5), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1 + len(shown), 3)
+    grid = figure.add_gridspec(len(rows), 3, height_ratios=rows)
     _overview(figure.add_subplot(grid[0, 0]), pixels, targets)
     _table(figure.add_subplot(grid[0, 1:]), targets, names)
     for row, level in enumerate(shown, start=1):
