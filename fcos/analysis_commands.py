@@ -40,12 +40,17 @@ def analyze(arguments: list[str]) -> int:
     import json
 
     from rich.console import Console
+    from rich.progress import Progress
 
     from .analysis_rows import to_dict
     from .analysis_table import analysis_table
     from .analyze import analyze
 
-    analysis = analyze(_read(options, conventions), conventions)
+    annotations = _read(options, conventions)
+    errors = Console(stderr=True)  # the bar is for people who wait, not for files and pipes
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("pictures", total=len(annotations.image_ids))
+        analysis = analyze(annotations, conventions, lambda done: bar.update(task, completed=done))
     text = json.dumps(to_dict(analysis), indent=2, ensure_ascii=False)
     if options.json:
         print(text)

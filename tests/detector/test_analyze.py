@@ -106,6 +106,13 @@ def test_no_boxes(tmp_path: Path) -> None:
     assert math.isnan(analysis.recall) and math.isnan(analysis.ambiguous)
 
 
+def test_pictures_are_reported(tmp_path: Path) -> None:
+    path = write(random_document(random.Random(1), images=5), tmp_path)
+    done: list[int] = []
+    analyze(read_annotations(path, tmp_path, False), conventions_of(tiny()), done.append)
+    assert done == [1, 2, 3, 4, 5]
+
+
 def test_threads_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -147,6 +154,12 @@ def test_same_as_training(shapes: Path) -> None:
         positives = []
         for index in range(len(dataset)):
             batch = collate([dataset[index]])
+            mine = slice(*annotations.offsets[index : index + 2])
+            boxes, size = network_boxes(
+                annotations.boxes[mine], dataset.size(index), conventions_of(config)
+            )
+            assert size == tuple(batch.image_sizes[0].tolist())
+            assert np.allclose(boxes, batch.boxes, rtol=1e-6, atol=1e-5)
             targets = assign_batch(batch, config.model)
             boxes = len(batch.labels)
             positives += np.bincount(
@@ -184,6 +197,12 @@ def test_network_boxes() -> None:
     boxes, _ = network_boxes(box, (100, 50), replace(edges, corners="pixels"))
     assert boxes.tolist() == [[0, 40, 76, 156]]
     assert box.tolist() == [[0, 10, 20, 40]]  # as it was
+    boxes, size = network_boxes(box, (480, 640), replace(edges, min_size=800, resize="truncate"))
+    assert size == (750, 1000)  # the shorter side is rounded first, the longer follows
+    assert boxes[0].tolist() == pytest.approx([0, 15.625, 31.25, 62.5])
+    boxes, size = network_boxes(box, (480, 640), replace(edges, min_size=700, resize="truncate"))
+    assert size == (700, 933)  # of 933.3
+    assert boxes[0].tolist() == pytest.approx([0, 14.58333, 29.15625, 58.33333], rel=1e-6)
 
 
 def test_huge_pictures_are_refused() -> None:
