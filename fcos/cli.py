@@ -28,6 +28,8 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   train     train a detector
   eval      measure a checkpoint on annotated images
   predict   draw detections on images and videos
+  analyze   what can be learned of your boxes, before training
+  targets   pictures of what each location learns
   env       what is installed, what is missing and why
 """
 
@@ -332,9 +334,23 @@ def _env(arguments: list[str]) -> int:
     return 0
 
 
+def _analyze(arguments: list[str]) -> int:
+    from .analysis_commands import analyze
+
+    return analyze(arguments)
+
+
+def _targets(arguments: list[str]) -> int:
+    from .analysis_commands import targets
+
+    return targets(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "analyze": _analyze,
+    "targets": _targets,
     "env": _env,
 }

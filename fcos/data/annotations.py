@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos.data.images import image_size
+from fcos.data.images import ImageError, image_size
 
 _CLIP_TOLERANCE = 0.01  # pixels; the rounding of x + w in decimal JSON is not worth a report
 
@@ -80,19 +80,22 @@ class Annotations:
     report: AnnotationReport
 
 
-def read_annotations(path: Path, images: Path, check_images: bool = True) -> Annotations:
+def read_annotations(
+    path: Path, images: Path, check_images: bool = True, keep_crowd: bool = False
+) -> Annotations:
     """Reads and checks a COCO JSON.
 
     Args:
         path (Path): The JSON.
         images (Path): The folder that its file names are relative to.
         check_images (bool): Whether every picture must exist.
+        keep_crowd (bool): Whether crowd boxes are boxes like all others, instead of left out.
 
     Raises:
         AnnotationError: A rule is broken, or pictures are missing.
         ImageError: The JSON lacks an image's size and its picture cannot be read.
     """
-    return _Reader(path, images, check_images).read()
+    return _Reader(path, images, check_images, keep_crowd).read()
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class _Reader:
     path: Path
     images: Path
     check_images: bool
+    keep_crowd: bool
 
     def fail(self, where: str, rule: str) -> NoReturn:
         raise AnnotationError(f"{self.path}: {where}: {rule}")
@@ -264,7 +268,11 @@ class _Reader:
 
     def size(self, entry: dict[str, Any], where: str, name: str) -> tuple[int, int]:
         if entry.get("height") is None or entry.get("width") is None:
-            return image_size(self.images / name)
+            try:
+                return image_size(self.images / name)
+            except ImageError as error:
+                rule = f"height or width is missing and cannot be read from the file: {error}"
+                raise ImageError(f"{self.path}: {where}: {rule}") from error
         for key in ("height", "width"):
             value = entry[key]
             if type(value) not in (int, float) or value != value // 1 or not 0 < value < 2**31:
@@ -296,7 +304,7 @@ class _Reader:
             box = self.bbox(entry, where)
             if entry.get("iscrowd", 0) not in (0, 1):
                 self.fail(where, f"iscrowd must be 0 or 1, got {_short(entry['iscrowd'])}")
-            if entry.get("iscrowd", 0):
+            if entry.get("iscrowd", 0) and not self.keep_crowd:
                 crowd += 1
                 continue
             boxes.append(box)

@@ -14,12 +14,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fcos.data.annotations import AnnotationError, AnnotationReport, read_annotations
+from fcos.data.annotations import (
+    AnnotationError,
+    AnnotationReport,
+    Annotations,
+    read_annotations,
+)
 from fcos.data.batches import Sample
 from fcos.data.images import exif_orientation, read_image
 from fcos.data.sampling import SampleIndex
 
-__all__ = ["AnnotationError", "AnnotationReport", "CocoDataset", "shared_image_files"]
+__all__ = [
+    "AnnotationError",
+    "AnnotationReport",
+    "CocoDataset",
+    "image_folder",
+    "read_picture",
+    "shared_image_files",
+]
 
 Transforms = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 
@@ -53,7 +65,7 @@ class CocoDataset(Dataset[Sample]):
         check_images: bool = True,
     ) -> None:
         self.annotations = Path(annotations)
-        self.images = Path(images) if images is not None else _image_folder(self.annotations)
+        self.images = Path(images) if images is not None else image_folder(self.annotations)
         self.transforms = transforms
         self._data = read_annotations(self.annotations, self.images, check_images)
 
@@ -116,7 +128,7 @@ class CocoDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}")
 
-        image = self._picture(index)
+        image = read_picture(self._data, self.images, index)
         boxes, labels = self.target(index)
         size = self.size(index)
         if self.transforms is not None:
@@ -137,23 +149,35 @@ class CocoDataset(Dataset[Sample]):
             size,
         )
 
-    def _picture(self, index: int) -> Tensor:
-        path = self.path(index)
-        image = read_image(path)
-        height, width = self.size(index)
-        if image.shape[1:] == (height, width):
-            return image
-        got = f"{image.shape[2]}x{image.shape[1]}"
-        reason = "the boxes would be wrong"
-        if image.shape[1:] == (width, height) and exif_orientation(path) >= 5:
-            reason = (
-                "they are swapped because the file has an EXIF rotation, which is applied; "
-                "annotate the upright picture, or remove the rotation from the file"
-            )
-        raise AnnotationError(
-            f"{path}: the picture is {got} (width x height), but image "
-            f"{self._data.image_ids[index]} in {self.annotations} is {width}x{height}: {reason}"
+
+def read_picture(data: Annotations, images: Path, index: int) -> Tensor:
+    """The picture of an image, uint8 [3, H, W], of the size that the JSON says.
+
+    Args:
+        data (Annotations): Of ``read_annotations``.
+        images (Path): The folder that its file names are relative to.
+        index (int): Of the image.
+
+    Raises:
+        AnnotationError: The picture has another size.
+        ImageError: It cannot be read.
+    """
+    path = images / os.fsdecode(data.file_names[index])
+    image = read_image(path)
+    height, width = data.sizes[index].tolist()
+    if image.shape[1:] == (height, width):
+        return image
+    got = f"{image.shape[2]}x{image.shape[1]}"
+    reason = "the boxes would be wrong"
+    if image.shape[1:] == (width, height) and exif_orientation(path) >= 5:
+        reason = (
+            "they are swapped because the file has an EXIF rotation, which is applied; "
+            "annotate the upright picture, or remove the rotation from the file"
         )
+    raise AnnotationError(
+        f"{path}: the picture is {got} (width x height), but image "
+        f"{data.image_ids[index]} in {data.path} is {width}x{height}: {reason}"
+    )
 
 
 def shared_image_files(a: CocoDataset, b: CocoDataset) -> int:
@@ -167,6 +191,7 @@ def _files(data: CocoDataset) -> set[str]:
     return {os.path.normpath(folder / name) for name in names}
 
 
-def _image_folder(annotations: Path) -> Path:
+def image_folder(annotations: Path) -> Path:
+    """Where the pictures are unless one is told: "images" beside the JSON, or its own folder."""
     beside = annotations.parent / "images"
     return beside if beside.is_dir() else annotations.parent

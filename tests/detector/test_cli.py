@@ -93,7 +93,7 @@ def test_help_of_train_shows_the_presets_values(capsys: pytest.CaptureFixture[st
     ("arguments", "expected"),
     [
         (["trian"], "unknown command trian; did you mean train?"),
-        (["zzz"], "unknown command zzz; known are train, eval, predict, env"),
+        (["zzz"], "unknown command zzz; known are train, eval, predict, "),
         (["train", "tinny"], "did you mean tiny?"),
         (["train", "qqq"], "unknown preset qqq; known are improved, paper, tiny"),
         (["train", "tiny", "--resume", "x"], "one of a preset, --config and --resume"),

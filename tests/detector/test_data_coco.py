@@ -281,6 +281,16 @@ def test_wrong_size(folder):
         CocoDataset(write(folder, document))[0]
 
 
+def test_missing_size_and_missing_picture(tmp_path):
+    document = small()
+    del document["images"][0]["height"]
+    rule = (
+        r"set\.json: image 7: height or width is missing and cannot be read .*a\.png: no such file"
+    )
+    with pytest.raises(ImageError, match=rule):
+        CocoDataset(write(tmp_path, document), check_images=False)
+
+
 def test_size_before_exif_rotation(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
