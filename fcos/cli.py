@@ -335,13 +335,13 @@ def _env(arguments: list[str]) -> int:
 
 
 def _analyze(arguments: list[str]) -> int:
-    from .analysis_commands import analyze
+    from .analysis.commands import analyze
 
     return analyze(arguments)
 
 
 def _targets(arguments: list[str]) -> int:
-    from .analysis_commands import targets
+    from .analysis.commands import targets
 
     return targets(arguments)
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fcos.conventions import Conventions
+from fcos.analysis.conventions import Conventions
 
 Document = dict[str, Any]
 
@@ -155,7 +155,7 @@ def why(
     size: tuple[float, float],
     conventions: Conventions,
 ) -> str:
-    """The reason in the words of `fcos.analyze.REASONS`."""
+    """The reason in the words of `fcos.analysis.analyze.REASONS`."""
     if positives:
         return ""
     if candidates:

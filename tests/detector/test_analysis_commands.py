@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fcos import cli
-from fcos.analysis_options import ConventionOptions
+from fcos.analysis.conventions import conventions_of, paper_conventions
+from fcos.analysis.options import ConventionOptions
 from fcos.config import ConfigError, save_yaml
-from fcos.conventions import conventions_of, paper_conventions
 from fcos.presets import improved, paper, tiny
 from tests.detector.analysis_oracle import random_document
 

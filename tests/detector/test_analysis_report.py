@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fcos.analysis_advice import advice, percent
-from fcos.analysis_plot import plot_analysis
-from fcos.analysis_rows import by_class, by_level, by_size, lost_boxes, to_dict
-from fcos.analysis_table import analysis_table
-from fcos.analyze import REASONS, Analysis, analyze
-from fcos.conventions import Conventions
+from fcos.analysis.advice import advice, percent
+from fcos.analysis.analyze import REASONS, Analysis, analyze
+from fcos.analysis.conventions import Conventions
+from fcos.analysis.plot import plot_analysis
+from fcos.analysis.rows import by_class, by_level, by_size, lost_boxes, to_dict
+from fcos.analysis.table import analysis_table
 from fcos.data.annotations import read_annotations
 from tests.detector.analysis_oracle import Document, random_document, write
 

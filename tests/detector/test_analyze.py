@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from fcos.analyze import REASONS, Analysis, analyze
-from fcos.assignment import network_boxes, network_size
+from fcos.analysis.analyze import REASONS, Analysis, analyze
+from fcos.analysis.assignment import network_boxes, network_size
+from fcos.analysis.conventions import Conventions, conventions_of, paper_conventions
 from fcos.config import ConfigError
-from fcos.conventions import Conventions, conventions_of, paper_conventions
 from fcos.data.annotations import read_annotations
 from fcos.data.batches import collate
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
-from fcos.losses import assign_batch
+from fcos.losses import assign
 from fcos.presets import PRESETS, improved, tiny
 from tests.detector.analysis_oracle import (
     Document,
@@ -90,7 +90,7 @@ def test_matches_oracle_resized(seed: int, resize: str, tmp_path: Path) -> None:
 
 
 def test_many_boxes_take_several_calls(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fcos.analyze._PAIRS_AT_ONCE", 1000)
+    monkeypatch.setattr("fcos.analysis.analyze._PAIRS_AT_ONCE", 1000)
     rng = random.Random(5)
     document = random_document(rng, images=6)
     conventions = replace(random_conventions(rng), strides=(4, 8), size_ranges=((0, 16), (16, 99)))
@@ -160,9 +160,15 @@ def test_same_as_training(shapes: Path) -> None:
                 annotations.boxes[mine], dataset.size(index), conventions_of(config)
             )
             assert size == tuple(batch.image_sizes[0].tolist())
-            assert np.allclose(boxes, batch.boxes, rtol=1e-6, atol=1e-5)
-            targets = assign_batch(batch, config.model)
-            boxes = len(batch.labels)
+            assert np.allclose(boxes, batch.boxes[0], rtol=1e-6, atol=1e-5)
+            targets = assign(
+                (batch.images.shape[2], batch.images.shape[3]),
+                config.model,
+                batch.boxes,
+                batch.labels,
+                batch.counts,
+            )
+            boxes = int(batch.counts)
             positives += np.bincount(
                 targets.matched[targets.matched >= 0], minlength=boxes
             ).tolist()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_graph import StandInGraph
 from torch import Tensor
 
 from fcos.cuda_graph import GraphedFunction
+from tests.detector.stand_in_graph import StandInGraph
 
 
 @pytest.fixture

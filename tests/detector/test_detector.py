@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in_graph import StandInGraph
 from torch import Tensor
 
 from fcos import inference
@@ -22,6 +21,7 @@ from fcos.inference import InferencePass
 from fcos.model import FCOS
 from fcos.postprocess import PaddedDetections, postprocess
 from fcos.predict import Predictor
+from tests.detector.stand_in_graph import StandInGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

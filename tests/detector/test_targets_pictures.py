@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from fcos import cli
-from fcos.analyze import analyze
+from fcos.analysis.analyze import analyze
+from fcos.analysis.conventions import Conventions, conventions_of
+from fcos.analysis.pictures import plot_targets
+from fcos.analysis.targets import PictureTargets, picture_targets
 from fcos.colors import class_color
-from fcos.conventions import Conventions, conventions_of
 from fcos.data.annotations import read_annotations
 from fcos.presets import tiny
-from fcos.targets import PictureTargets, picture_targets
-from fcos.targets_pictures import plot_targets
 from tests.detector.analysis_oracle import (
     area,
     is_candidate,

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_graph import StandInGraph
 
 from fcos import engine
 from fcos.checkpoint import load_checkpoint
@@ -18,6 +17,7 @@ from fcos.data.coco import CocoDataset
 from fcos.data.transforms import train_transforms
 from fcos.distributed import Process
 from fcos.engine import _Training, train
+from tests.detector.stand_in_graph import StandInGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.annotations import Annotations
+from ..locations import feature_sizes
 from .assignment import assign, network_boxes
 from .conventions import Conventions
-from .data.annotations import Annotations
-from .locations import feature_sizes
 
 Integers = NDArray[np.int64]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import ConfigError, load_yaml
+from ..config import ConfigError, load_yaml
+from ..presets import PRESETS
 from .conventions import (
     Boundary,
     Conventions,
@@ -16,7 +17,6 @@ from .conventions import (
     conventions_of,
     paper_conventions,
 )
-from .presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .analysis_advice import advice
+from .advice import advice
 from .analyze import LEARNED, REASONS, Analysis
 
 

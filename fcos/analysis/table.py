@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .analysis_advice import advice, percent
-from .analysis_rows import by_level, by_size, lost_boxes
+from .advice import advice, percent
 from .analyze import Analysis
 from .conventions import Conventions
+from .rows import by_level, by_size, lost_boxes
 
 
 def analysis_table(analysis: Analysis, listed: int = 10) -> Group:

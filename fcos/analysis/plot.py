@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .analysis_rows import by_level, by_size
-from .analysis_table import describe
+from ..colors import class_color
 from .analyze import LEARNED, OUTSIDE, REASONS, Analysis
-from .colors import class_color
+from .rows import by_level, by_size
+from .table import describe
 
 _INK = "#202020"
 _GRID = "#e4e4e4"

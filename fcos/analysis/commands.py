@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from .analysis_options import ConventionOptions
-from .config import ConfigError
+from ..config import ConfigError
+from .options import ConventionOptions
 
 # Torch takes over a second to import, so that each command imports it for itself.
 if TYPE_CHECKING:
+    from ..data.annotations import Annotations
     from .conventions import Conventions
-    from .data.annotations import Annotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ def analyze(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .analysis_rows import to_dict
-    from .analysis_table import analysis_table
     from .analyze import analyze
+    from .rows import to_dict
+    from .table import analysis_table
 
     annotations = _read(options, conventions)
     errors = Console(stderr=True)  # the bar is for people who wait, not for files and pipes
@@ -57,7 +57,7 @@ def analyze(arguments: list[str]) -> int:
     else:
         Console().print(analysis_table(analysis, options.listed))
     if options.output is not None:
-        from .analysis_plot import plot_analysis
+        from .plot import plot_analysis
 
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "analysis.json").write_text(text + "\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def targets(arguments: list[str]) -> int:
     if options.first < 1:
         raise ConfigError(f"--first must be >= 1, got {options.first}")
     conventions = options.resolve()
-    from .targets_pictures import draw_targets
+    from .pictures import draw_targets
 
     annotations = _read(options, conventions)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -111,13 +111,13 @@ def _chosen(options: TargetsOptions, annotations: Annotations) -> list[int]:
 
 
 def _images(options: ConventionOptions) -> Path:
-    from .data.coco import image_folder
+    from ..data.coco import image_folder
 
     return options.images if options.images is not None else image_folder(options.data)
 
 
 def _read(options: ConventionOptions, conventions: Conventions) -> Annotations:
-    from .data.annotations import read_annotations
+    from ..data.annotations import read_annotations
 
     return read_annotations(
         options.data, _images(options), check_images=False, keep_crowd=conventions.crowd

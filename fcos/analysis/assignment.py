@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
 
-from .config import ConfigError
+from ..config import ConfigError
+from ..data.transforms import resized_size
+from ..locations import feature_sizes
 from .conventions import Conventions
-from .data.transforms import resized_size
-from .locations import feature_sizes
 
 _MOST_PIXELS = 10**9  # of a picture; the locations of one box are some bytes a pixel
 

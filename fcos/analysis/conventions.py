@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .config import Config, ConfigError
-from .presets import paper
+from ..config import Config, ConfigError
+from ..presets import paper
 
 Boundary = Literal["inclusive", "strict", "half_open"]
 Resize = Literal["round", "truncate", "none"]

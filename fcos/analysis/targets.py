@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..locations import feature_sizes
 from .assignment import assign, network_boxes
 from .conventions import Conventions
-from .locations import feature_sizes
 
 
 @dataclass(frozen=True)

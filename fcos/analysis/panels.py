@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from .colors import class_color
+from ..colors import class_color
 from .targets import LevelTargets, PictureTargets
 
 INK = "#202020"

@@ -15,13 +15,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
-from .colors import class_color, text_color
+from ..colors import class_color, text_color
+from ..data.annotations import Annotations
+from ..data.coco import read_picture
+from ..draw import Picture, to_pil
 from .conventions import Conventions
-from .data.annotations import Annotations
-from .data.coco import read_picture
-from .draw import Picture, to_pil
-from .targets import PictureTargets, picture_targets
-from .targets_panels import (
+from .panels import (
     INK,
     PANEL_AREA,
     draw_arrows,
@@ -33,6 +32,7 @@ from .targets_panels import (
     rgb_of,
     show,
 )
+from .targets import PictureTargets, picture_targets
 
 _MOST_LISTED = 14  # boxes in the table
 _NARROWEST = 3.4  # inches of a panel, for its title
