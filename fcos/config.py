@@ -60,6 +60,13 @@ class ModelConfig:
     """Whether a size range contains its ends: both, neither, or only the lower one."""
     center_sampling_radius: float = 1.5
     """Positives lie within radius * stride of the box centre; 0: anywhere inside the box."""
+    ties: Literal["exact", "torchvision"] = "exact"
+    """Which of several boxes a location learns: the smallest; or, by torchvision's arithmetic, the
+    first whose area is within some 8 square pixels of the smallest, and none from 1e8 on."""
+    locations: Literal["half_stride", "torchvision"] = "half_stride"
+    """Where the locations of a level are: at stride / 2 + stride * index; or as torchvision has it,
+    from 0 in steps of padded image size // level size, which for P6 and P7 vary with the padding,
+    and so with the other images of a batch."""
     fpn_channels: int = 256
     """Channels of the feature pyramid and of the head."""
     tower_convs: int = 4
@@ -86,6 +93,11 @@ class LossConfig:
     """Focusing exponent of the focal loss."""
     box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
     """Overlap loss between predicted and true box."""
+    box_weights: Literal["centerness", "none"] = "centerness"
+    """Weight of a positive's box loss: its centerness target, or 1."""
+    normalizer: Literal["all_reduced", "local"] = "all_reduced"
+    """What sums of losses are divided by: the positives of the step's whole batch; or each process
+    by those of its own images, so that the result depends on how the batch is split."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ class PostprocessConfig:
     """From the network's outputs to detections."""
 
     score_threshold: float = 0.05
-    """Class scores up to this one are dropped, before they meet the centerness."""
+    """Scores up to this one are dropped."""
+    threshold_on: Literal["class", "final"] = "class"
+    """Which score that is: the class score before it meets the centerness, or the final score."""
     topk_candidates: int = 1000
     """Best candidates kept per level and image."""
     iou_threshold: float = 0.6
@@ -122,6 +136,10 @@ class DataConfig:
     evaluation uses the last."""
     max_size: int = 1333
     """The longer side is never resized beyond this."""
+    resize: Literal["round", "truncate", "torchvision"] = "round"
+    """How: to the nearest whole pixels, antialiased; truncated, as the original code has it, where
+    the longer side follows from the shorter one; or as in torchvision's detectors, rounded down and
+    without antialiasing, after normalisation."""
     image_shapes: tuple[tuple[int, int], ...] = ()
     """Heights and widths that batches are padded to, each to the smallest that fits. (): as large
     as its images need, in multiples of 32."""

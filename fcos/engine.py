@@ -197,7 +197,7 @@ class _Training:
         )
         size = (images.shape[2], images.shape[3])
         targets = [assign(size, self.config.model, *truth) for truth in truths]
-        normalizers = step_normalizers(targets)
+        normalizers = step_normalizers(targets, self.config.loss)
         total = torch.zeros(len(LOSSES), device=self.process.device)
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             exchange: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

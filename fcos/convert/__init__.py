@@ -1,0 +1,1 @@
+"""Checkpoints of other FCOS implementations: one module for each family."""
