@@ -65,7 +65,8 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "postprocess(Tensor[] logits, Tensor[] ltrb, Tensor[] centerness, Tensor image_sizes, "
       "Tensor? original_sizes, float[] geometry, float score_threshold, float iou_threshold, "
       "int topk_candidates, int max_detections, bool root, bool on_final, bool class_agnostic, "
-      "bool clip) -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts, Tensor dropped)");
+      "bool clip, bool keep_empty) -> "
+      "(Tensor boxes, Tensor scores, Tensor labels, Tensor counts, Tensor dropped)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "
       "float score_threshold, bool gaussian, int max_detections) -> "

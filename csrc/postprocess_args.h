@@ -76,7 +76,7 @@ struct PostprocessCall {
   Scoring scoring;
   float iou_threshold;
   int64_t topk_candidates, max_detections;
-  bool class_agnostic, clip;
+  bool class_agnostic, clip, keep_empty;
   Numbers image_sizes, original_sizes;  // [N, 2]; the latter null if the former are to be kept
   // [N, D, 4], [N, D], [N, D], [N], [N]
   Tensor boxes, scores, labels, counts, dropped;
@@ -138,7 +138,7 @@ inline PostprocessCall make_postprocess_call(
     const std::vector<Tensor>& centerness, const Tensor& image_sizes,
     const std::optional<Tensor>& original_sizes, const std::vector<double>& geometry,
     double score_threshold, double iou_threshold, int64_t topk_candidates, int64_t max_detections,
-    bool root, bool on_final, bool class_agnostic, bool clip) {
+    bool root, bool on_final, bool class_agnostic, bool clip, bool keep_empty) {
   constexpr const char* kOp = "postprocess";
   STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxPostprocessLevels, kOp,
                   ": logits must have 1 to ", kMaxPostprocessLevels, " levels, got ",
@@ -168,6 +168,7 @@ inline PostprocessCall make_postprocess_call(
   call.max_detections = max_detections;
   call.class_agnostic = class_agnostic;
   call.clip = clip;
+  call.keep_empty = keep_empty;
   call.image_sizes = check_image_sizes("image_sizes", image_sizes, logits[0], call.alive);
   if (original_sizes)
     call.original_sizes =
@@ -221,10 +222,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> postprocess(
     const std::vector<Tensor>& centerness, const Tensor& image_sizes,
     const std::optional<Tensor>& original_sizes, const std::vector<double>& geometry,
     double score_threshold, double iou_threshold, int64_t topk_candidates, int64_t max_detections,
-    bool root, bool on_final, bool class_agnostic, bool clip) {
+    bool root, bool on_final, bool class_agnostic, bool clip, bool keep_empty) {
   PostprocessCall call = make_postprocess_call(
       logits, ltrb, centerness, image_sizes, original_sizes, geometry, score_threshold,
-      iou_threshold, topk_candidates, max_detections, root, on_final, class_agnostic, clip);
+      iou_threshold, topk_candidates, max_detections, root, on_final, class_agnostic, clip, keep_empty);
   if (call.images > 0) Backend::run(call, logits[0]);
   return {call.boxes, call.scores, call.labels, call.counts, call.dropped};
 }

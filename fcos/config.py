@@ -114,6 +114,8 @@ class PostprocessConfig:
     """Of two boxes of one class that overlap by more, the lower-scored one is dropped."""
     max_detections: int = 100
     """Best detections kept per image."""
+    keep_empty: bool = False
+    """Keep boxes without area, such as those that lie outside the image, as torchvision does."""
     score: Literal["sqrt", "product"] = "sqrt"
     """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
 

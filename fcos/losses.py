@@ -104,9 +104,10 @@ def fcos_losses(
     Returns:
         "cls": focal loss of all logits, divided by the number of positives; "box": overlap loss
         of the positives, weighted by their centerness targets and divided by their sum, or without
-        weights and divided by their number; "centerness": binary cross-entropy of the positives, divided by their number. Each a 0-d
-        float32 tensor, also if there are no positives at all. The third does not approach 0: the
-        cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
+        weights and divided by their number; "centerness": binary cross-entropy of the positives,
+        divided by their number. Each a 0-d float32 tensor, also if there are no positives at all.
+        The third does not approach 0: the cross-entropy of a target between 0 and 1 is at least
+        its entropy, about 0.6 in practice.
     """
     options = fcos_ext.FCOSLossOptions(
         alpha=config.focal_alpha,

@@ -54,6 +54,7 @@ def postprocess(
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
         locations=model.locations,
+        keep_empty=config.keep_empty,
     )
     # The sides of padded images are multiples of the finest strides.
     finest, stride = predictions.logits[0].shape, model.strides[0]

@@ -99,7 +99,7 @@ def torchvision() -> Config:
         trainable_scales=False,
     )
     loss = LossConfig(box_weights="none", normalizer="local")
-    postprocess = PostprocessConfig(score_threshold=0.2, threshold_on="final")
+    postprocess = PostprocessConfig(score_threshold=0.2, threshold_on="final", keep_empty=True)
     data = DataConfig(resize="torchvision")
     train = TrainConfig(
         iterations=190_560,  # 26 times the 117,266 images that have boxes

@@ -108,6 +108,7 @@ def operator_arguments(
         options.threshold_on == "final",
         options.class_agnostic,
         options.clip,
+        options.keep_empty,
     )
 
 
@@ -132,8 +133,9 @@ def postprocess_ref(
     if options.clip:
         limit = image_sizes.to(boxes).flip(-1).repeat(1, 2).unsqueeze(1)  # [N, 1, (w, h, w, h)]
         boxes = torch.minimum(boxes.clamp(min=0), limit)
-    has_area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    labels = torch.where(finite & has_area, labels, -1)
+    if not options.keep_empty:
+        finite &= (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    labels = torch.where(finite, labels, -1)
 
     keep, counts = padded_batched_nms_ref(
         boxes,

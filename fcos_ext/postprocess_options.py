@@ -32,7 +32,10 @@ class PostprocessOptions:
     class_agnostic: bool = False
     """Boxes of all classes suppress each other."""
     clip: bool = True
-    """Cut boxes off at the border of the image. What has no area, before or then, is dropped."""
+    """Cut boxes off at the border of the image."""
+    keep_empty: bool = False
+    """Keep boxes that have no area, before or after they are cut off, as torchvision's detectors
+    do. They suppress nothing."""
     locations: Literal["half_stride", "torchvision"] = "half_stride"
     """Where the locations (x, y) of a level with stride s are: at ``floor(s / 2) + s x`` (the
     paper's), or, as in torchvision's FCOS, at ``x`` times the width of the padded image divided by

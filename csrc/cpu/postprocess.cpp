@@ -155,7 +155,7 @@ void decode(const PostprocessCall& call, const PostprocessLevel& level, int64_t 
       continue;
     }
     if (call.clip) box = clipped(box, height, width);
-    if (!has_area(box)) continue;
+    if (!call.keep_empty && !has_area(box)) continue;
     selected.boxes.push_back(box);
     selected.scores.push_back(score_of_key(static_cast<OrderKey<float>>(rank >> 32)));
     selected.labels.push_back(flat - location * classes);

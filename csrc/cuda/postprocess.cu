@@ -69,8 +69,8 @@ __device__ __forceinline__ void write_candidate(const Logits<scalar_t>& logits, 
   const int64_t to = logits.n * a.candidates + level.first_candidate + at;
   a.boxes[to] = make_float4(box.x0, box.y0, box.x1, box.y1);
   a.scores[to] = score_of_key(static_cast<OrderKey<float>>(rank >> 32));
-  a.labels[to] =
-      finite && has_area(box) ? static_cast<int>(flat - location * a.classes.divisor) : -1;
+  const bool kept = finite && (a.keep_empty || has_area(box));
+  a.labels[to] = kept ? static_cast<int>(flat - location * a.classes.divisor) : -1;
 }
 
 // Writes the best of a source, whose ranks are not below `lowest`. Returns how many.
@@ -220,6 +220,7 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
   a.survivors_per_image = survivors;
   a.image_sizes = call.image_sizes;
   a.clip = call.clip;
+  a.keep_empty = call.keep_empty;
   a.candidates = K;
 
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -60,7 +60,7 @@ struct Args {
 
   // Where the candidates of an image and level go.
   Numbers image_sizes;
-  bool clip;
+  bool clip, keep_empty;
   int64_t candidates;
   float4* boxes;    // [N, candidates]
   float* scores;    // [N, candidates]

@@ -143,6 +143,7 @@ def check_postprocess() -> None:
         {"max_detections": 9},
         {"class_agnostic": True},
         {"clip": False},
+        {"keep_empty": True},
         {"locations": "torchvision"},
     ]
     standard: dict[str, Any] = {"strides": (8, 16), "score_threshold": 0.2, "max_detections": 99}

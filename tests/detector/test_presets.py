@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
+
 from fcos.config import Config
-from fcos.presets import PRESETS, improved, paper, tiny
+from fcos.presets import PRESETS, improved, paper, tiny, torchvision
 
 
 def test_names() -> None:
-    assert list(PRESETS) == ["improved", "paper", "tiny"]
+    assert list(PRESETS) == ["improved", "paper", "tiny", "torchvision"]
     assert all(isinstance(preset(), Config) and preset.__doc__ for preset in PRESETS.values())
 
 
@@ -44,6 +46,17 @@ def test_improved_differs_from_paper_in_the_improvements_alone() -> None:
     assert (a.model.activation, a.model.centerness_branch) == ("relu", "box")
     assert a.model.center_sampling_radius == 1.5 and a.model.normalize_ltrb
     assert a.loss.box_loss == "giou"
+
+
+def test_torchvision() -> None:
+    """What its parity test does not see: the recipe, as torchvision's reference scripts have it."""
+    train = torchvision().train
+    assert (train.batch_size, train.learning_rate, train.weight_decay) == (16, 0.01, 1e-4)
+    epochs = train.iterations * train.batch_size / 117_266
+    assert epochs == pytest.approx(26, abs=0.01)
+    assert [m * epochs for m in train.milestones] == pytest.approx([16, 22], abs=0.01)
+    assert (train.warmup, train.warmup_iterations, train.warmup_factor) == ("linear", 1000, 0.001)
+    assert torchvision().model.frozen_stages == 2  # of torchvision's five, three are trained
 
 
 def test_tiny_needs_no_download() -> None:

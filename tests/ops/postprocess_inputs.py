@@ -153,6 +153,7 @@ def fuzzed_call(seed: int) -> Call:
         class_agnostic=rng.random() < 0.3,
         clip=rng.random() < 0.8,
         locations=rng.choice(["half_stride", "half_stride", "torchvision"]),
+        keep_empty=rng.random() < 0.3,
     )
     generator = torch.Generator().manual_seed(seed)
     predictions = []

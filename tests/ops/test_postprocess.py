@@ -67,6 +67,25 @@ def test_matches_reference(backend: str, options: dict[str, Any]) -> None:
     assert (options in ({}, {"iou_threshold": 0.1}) or not same) and expected.counts.min() > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keep_empty(backend: str) -> None:
+    """Boxes without area are additional: they suppress nothing, and are not suppressed."""
+    call = make_call(max_detections=2000, iou_threshold=0.3)
+    logits, ltrb, centerness = call.predictions
+    call = call._replace(predictions=(logits, [x.round() for x in ltrb], centerness))
+    with_empty = call._replace(options=replace(call.options, keep_empty=True))
+    found, truth = run_on(backend, with_empty), run_on(backend, call)
+    assert_same(found, with_empty.of(postprocess_ref))
+    for i in range(len(found.boxes)):
+        boxes = found.boxes[i, : found.counts[i]]
+        solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        assert not solid.all() and truth.counts[i] == solid.sum()
+        assert torch.equal(boxes[solid], truth.boxes[i, : truth.counts[i]])
+        assert torch.equal(
+            found.scores[i, : found.counts[i]][solid], truth.scores[i, : truth.counts[i]]
+        )
+
+
 @pytest.mark.parametrize("classes", [1, 2, 7, 8, 80, 1203])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
