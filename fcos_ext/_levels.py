@@ -50,7 +50,10 @@ def flatten(levels: Sequence[Tensor]) -> Tensor:
 
 
 def new_like(x: Tensor) -> Tensor:
-    """As the kernels make a result: in the layout of ``x``, contiguous if that has gaps."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    """As the kernels make a result: in the layout of ``x``; a level with gaps: contiguous."""
+    dense = x.dim() != 4 or any(
+        x.is_contiguous(memory_format=layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
     memory_format = torch.preserve_format if dense else torch.contiguous_format
     return torch.empty_like(x, memory_format=memory_format)

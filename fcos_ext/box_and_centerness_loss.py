@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._levels import ANY_CLASS, check_levels, flatten, new_like
-from ._library import kernels, register
+from ._library import below_autograd, kernels, register
 from .iou_loss import (
     KIND_NUMBERS,
     NORMALIZER_FLOOR,
@@ -149,9 +149,10 @@ def box_and_centerness_loss(
             num_classes=num_classes,
             normalizers=normalizers,
         )
-    levels, scores, others = as_levels(pred, centerness, target, labels, centerness_target)
+    levels, scores, others = operands(pred, centerness, target, labels, centerness_target)
     if normalizers is not None:
         normalizers = normalizers.detach().to(sum_dtype(first))
+    tensors = (*others, normalizers)
     options = (
         ANY_CLASS if num_classes is None else num_classes,
         KIND_NUMBERS[kind],
@@ -160,17 +161,14 @@ def box_and_centerness_loss(
         smooth,
         eps,
     )
-    if (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in (*levels, *scores))
-        and not torch.compiler.is_compiling()
-    ):
-        return BoxAndCenternessLoss(
-            *_Loss.apply(fused_gradient, *others, normalizers, options, *levels, *scores)
-        )
-    return BoxAndCenternessLoss(
-        *torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *others, normalizers, *options)
-    )
+    if torch.compiler.is_compiling():
+        sums = torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *tensors, *options)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (*levels, *scores)):
+        sums = _Loss.apply(fused_gradient, tensors, options, *levels, *scores)
+    else:
+        with below_autograd():
+            sums = torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *tensors, *options)
+    return BoxAndCenternessLoss(*sums)
 
 
 def box_and_centerness_loss_ref(
@@ -237,27 +235,26 @@ def box_and_centerness_loss_ref(
     return BoxAndCenternessLoss(box, entropy, total(weight), positive.sum(), ignored.sum())
 
 
-def as_levels(
+def operands(
     pred: Tensor | Sequence[Tensor],
     centerness: Tensor | Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     centerness_target: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor, Tensor | None]]:
-    """The tensors as the operators take them: rows are a level [N, 4, L, 1] of one column."""
+    """The tensors as the operators take them: levels, or one of rows [L, 4] or [N, L, 4]."""
     if labels.dtype not in (torch.int64, torch.int32):
         labels = labels.to(torch.int64)
     if not isinstance(pred, Tensor) or not isinstance(centerness, Tensor):
         return list(pred), list(centerness), (target, labels, centerness_target)
-    if labels.dim() != 2:
-        images = 1 if labels.dim() < 2 else labels.shape[:-1].numel()
-        length = labels.numel() if labels.dim() < 2 else labels.shape[-1]
-        pred, target = (x.reshape(images, length, 4) for x in (pred, target))
-        centerness, labels = (x.reshape(images, length) for x in (centerness, labels))
+    if labels.dim() not in (1, 2):
+        rows = labels.shape[-1:] or (1,)  # of the innermost dimension
+        rows = (labels.shape[:-1].numel(), *rows)
+        pred, target = (x.reshape(*rows, 4) for x in (pred, target))
+        centerness, labels = (x.reshape(rows) for x in (centerness, labels))
         if centerness_target is not None:
-            centerness_target = centerness_target.reshape(images, length)
-    levels, scores = [pred.transpose(1, 2).unsqueeze(-1)], [centerness[:, None, :, None]]
-    return levels, scores, (target, labels, centerness_target)
+            centerness_target = centerness_target.reshape(rows)
+    return [pred], [centerness], (target, labels, centerness_target)
 
 
 def _centerness(ltrb: Tensor) -> Tensor:
@@ -374,45 +371,33 @@ def _fake_rescale_(*arguments: Any) -> None:
     return None
 
 
-def _save(
-    ctx: Any, tensors: tuple[Tensor | None, ...], levels: Sequence[Tensor], options: Any
-) -> None:
-    """Keep target, labels, centerness_target, normalizers, and the levels of both branches."""
-    ctx.options = options
-    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
-    ctx.save_for_backward(*tensors, *levels)
-
-
-def _arguments(
-    tensors: Sequence[Tensor | None], levels: Sequence[Tensor], options: Any
-) -> tuple[Any, ...]:
-    """Of the operators, from ``pred`` on; see :func:`_save`."""
-    half = len(levels) // 2
-    return levels[:half], levels[half:], *tensors, *options
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def _arguments(ctx: Any) -> tuple[Any, ...]:
+    """Of the operators, from ``pred`` on."""
     tensors = ctx.saved_tensors
-    return _arguments(tensors[:4], tensors[4:], ctx.options)
+    others, levels = tensors[:4], tensors[4:]
+    half = len(levels) // 2
+    return levels[:half], levels[half:], *others, *ctx.options
 
 
-def _incoming(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+def _incoming(pred: Tensor, *grads: Tensor | None) -> list[Tensor]:
     """Gradients of ``box`` and ``centerness``: 0 of one that nobody used."""
-    pred = ctx.saved_tensors[4]
     return [pred.new_zeros((), dtype=sum_dtype(pred)) if g is None else g for g in grads]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, centerness, *others = inputs
+    ctx.options = others[4:]
     ctx.mark_non_differentiable(*output[2:])
-    _save(ctx, tuple(others[:4]), (*pred, *centerness), others[4:])
+    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
+    ctx.save_for_backward(*others[:4], *pred, *centerness)
 
 
 def _backward(
     ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
+    arguments = _arguments(ctx)
     gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
-        *_incoming(ctx, grad_box, grad_centerness), *_saved(ctx)
+        *_incoming(arguments[0][0], grad_box, grad_centerness), *arguments
     )
     return *gradients, *[None] * (4 + len(ctx.options))
 
@@ -429,23 +414,24 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any,
         fused: bool,
-        target: Tensor,
-        labels: Tensor,
-        centerness_target: Tensor | None,
-        normalizers: Tensor | None,
+        tensors: tuple[Tensor | None, ...],
         options: tuple[Any, ...],
         *levels: Tensor,
     ) -> tuple[Tensor, ...]:
-        _save(ctx, (target, labels, centerness_target, normalizers), levels, options)
-        arguments = _arguments((target, labels, centerness_target, normalizers), levels, options)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *levels)
+        half = len(levels) // 2
+        arguments = (levels[:half], levels[half:], *tensors, *options)
         ctx.gradients = None
-        if fused:
-            *sums, by_pred, by_centerness = (
-                torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(*arguments)
-            )
-            ctx.gradients = by_pred, by_centerness
-        else:
-            sums = torch.ops.fcos_ext.box_and_centerness_loss(*arguments)
+        with below_autograd():
+            if fused:
+                *sums, by_pred, by_centerness = (
+                    torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(*arguments)
+                )
+                ctx.gradients = by_pred, by_centerness
+            else:
+                sums = torch.ops.fcos_ext.box_and_centerness_loss(*arguments)
         ctx.mark_non_differentiable(*sums[2:])
         return tuple(sums)
 
@@ -453,15 +439,23 @@ class _Loss(torch.autograd.Function):
     def backward(
         ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
-        grads = _incoming(ctx, grad_box, grad_centerness)
+        arguments = _arguments(ctx)
+        grads = _incoming(arguments[0][0], grad_box, grad_centerness)
         gradients, ctx.gradients = ctx.gradients, None
-        # With create_graph=True the operator is called, so that its second derivative can raise.
-        if gradients is None or torch.is_grad_enabled():
-            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *_saved(ctx))
+        if torch.is_grad_enabled():  # create_graph=True: the second derivative has to raise
+            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *arguments)
         else:
-            torch.ops.fcos_ext.box_and_centerness_loss_rescale_(*gradients, *grads, *_saved(ctx))
+            with below_autograd():
+                if gradients is None:
+                    gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
+                        *grads, *arguments
+                    )
+                else:
+                    torch.ops.fcos_ext.box_and_centerness_loss_rescale_(
+                        *gradients, *grads, *arguments
+                    )
         by_pred, by_centerness = gradients
-        return *[None] * 6, *by_pred, *by_centerness
+        return None, None, None, *by_pred, *by_centerness
 
 
 register(_OP, fake=_fake, setup_context=_setup_context, backward=_backward)

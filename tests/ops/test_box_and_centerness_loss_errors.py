@@ -103,7 +103,18 @@ LEVEL, SCORES = torch.ones(1, 4, 2, 3), torch.ones(1, 1, 2, 3)
         ({"pred": [LEVEL] * 9}, "pred must have 1 to 8 levels, got 9"),
         ({"centerness": []}, "centerness must have 1 levels, as pred, got 0"),
         ({"pred": [LEVEL[:, :3]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 4 dim"),
-        ({"pred": [LEVEL[0]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 3 dim"),
+        ({"pred": [LEVEL[0, 0, 0]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 1 d"),
+        ({"pred": [LEVEL[0]]}, "rows of pred must have 4 values, got 3"),
+        ({"pred": [LEVEL[0].mT]}, "rows of pred must have 4 values, got 2"),
+        ({"pred": [torch.ones(6, 4)]}, "centerness must have a value for each row of pred"),
+        (
+            {"pred": [torch.ones(1, 6, 4)], "centerness": [torch.ones(1, 5)]},
+            "centerness must have a value for each row of pred",
+        ),
+        (
+            {"pred": [torch.ones(6, 4)], "centerness": [torch.ones(6)]},
+            r"target must be \[N, L, 4\].* N = 1 and L = 6",  # without N, as pred
+        ),
         ({"pred": [LEVEL.int()]}, "pred must be floating point, got"),
         ({"centerness": [SCORES[..., :2]]}, "centerness must be levels .* level 0 is not"),
         ({"centerness": [SCORES.int()]}, "centerness must be floating point, got"),
