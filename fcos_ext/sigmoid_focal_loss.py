@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._levels import check_levels, flatten, new_like
-from ._library import kernels, register
+from ._library import below_autograd, kernels, register
 
 _DEVICES = kernels("sigmoid_focal_loss")
 
@@ -134,14 +134,13 @@ def sigmoid_focal_loss(
         normalizer = _num_participating(labels, levels[0].shape[1])
     if normalizer is not None:
         normalizer = normalizer.detach().to(dtype)
-    if (
-        fused_gradient
-        and torch.is_grad_enabled()
-        and any(level.requires_grad for level in levels)
-        and not torch.compiler.is_compiling()
-    ):
-        return _FusedGradient.apply(labels, quality, normalizer, alpha, gamma, *levels)
-    return torch.ops.fcos_ext.sigmoid_focal_loss(levels, labels, quality, normalizer, alpha, gamma)
+    arguments = (labels, quality, normalizer, alpha, gamma)
+    if torch.compiler.is_compiling():
+        return torch.ops.fcos_ext.sigmoid_focal_loss(levels, *arguments)
+    if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
+        return _Loss.apply(fused_gradient, *arguments, *levels)
+    with below_autograd():
+        return torch.ops.fcos_ext.sigmoid_focal_loss(levels, *arguments)
 
 
 @_typed_like(sigmoid_focal_loss)
@@ -314,16 +313,18 @@ def _each_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return gradients, None, None, None, None
 
 
-class _FusedGradient(torch.autograd.Function):
-    """The reduced loss, whose gradient is made along with it.
+class _Loss(torch.autograd.Function):
+    """The reduced loss, whose gradient is, if it is to be fused, made along with it.
 
-    The buffer of the gradient is handed over at the first backward pass, and from then on belongs
-    to whoever received it; later passes make their own.
+    Its buffer is handed over at the first backward pass, and from then on belongs to whoever
+    received it; later passes make their own. Without a buffer it does what the operator's own
+    gradient does, in less time: that one is wrapped for lists of tensors.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        fused: bool,
         labels: Tensor,
         quality: Tensor | None,
         normalizer: Tensor | None,
@@ -333,23 +334,32 @@ class _FusedGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(labels, quality, normalizer, *logits)
         ctx.alpha, ctx.gamma = alpha, gamma
-        loss, ctx.gradients = torch.ops.fcos_ext.sigmoid_focal_loss_with_gradient(
-            logits, labels, quality, normalizer, alpha, gamma
-        )
+        ctx.gradients = None
+        arguments = (logits, labels, quality, normalizer, alpha, gamma)
+        with below_autograd():
+            if fused:
+                loss, ctx.gradients = torch.ops.fcos_ext.sigmoid_focal_loss_with_gradient(
+                    *arguments
+                )
+            else:
+                loss = torch.ops.fcos_ext.sigmoid_focal_loss(*arguments)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        # With create_graph=True the operator is called, so that its second derivative can raise.
-        if gradients is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True: the second derivative has to raise
             gradients, *_ = _backward(ctx, grad)
         else:
-            labels, quality, normalizer, *logits = ctx.saved_tensors
-            torch.ops.fcos_ext.sigmoid_focal_loss_rescale_(
-                gradients, grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
-            )
-        return None, None, None, None, None, *gradients
+            with below_autograd():
+                if gradients is None:
+                    gradients, *_ = _backward(ctx, grad)
+                else:
+                    labels, quality, normalizer, *logits = ctx.saved_tensors
+                    torch.ops.fcos_ext.sigmoid_focal_loss_rescale_(
+                        gradients, grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
+                    )
+        return *[None] * 6, *gradients
 
 
 register("sigmoid_focal_loss", fake=_fake, setup_context=_setup_context, backward=_backward)
