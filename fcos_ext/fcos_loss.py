@@ -16,7 +16,7 @@ from .box_and_centerness_loss import (
     box_and_centerness_loss,
     box_and_centerness_loss_ref,
 )
-from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
+from .fcos_normalizers import fcos_normalizers_and_labels, fcos_normalizers_ref
 from .iou_loss import IoUKind
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 
@@ -116,7 +116,7 @@ def fcos_loss(
     has nothing left to do, any other recomputes. On CUDA that is six launches in all: the targets,
     the two sums, two losses with their gradients, and in the backward pass two that look at the
     incoming gradient. The host waits for nothing, and with padded boxes a CUDA graph can hold it
-    all. Of memory, the gradients and some 30 bytes a location are needed.
+    all. Of memory, the gradients and 20 bytes a location are needed.
 
     A location whose label is not below C, or below -1, takes no part and gets zero gradient.
     Results are the same to the bit in every run, on any number of threads.
@@ -147,12 +147,13 @@ def fcos_loss(
     logits, ltrb, centerness = predictions
     num_classes = logits[0].shape[1]
     targets = _targets(predictions, ground_truth, options, assign_targets)
-    labels, true_ltrb, true_centerness = targets.labels, targets.ltrb, targets.centerness
-    del targets, ground_truth  # what else they hold is not needed any more
+    labels, true_ltrb = targets.labels, targets.ltrb
     if normalizers is None:
-        normalizers = fcos_normalizers(labels, true_centerness, num_classes)
+        normalizers, labels = fcos_normalizers_and_labels(labels, targets.centerness, num_classes)
         if reduce is not None:
             normalizers = _reduced(reduce, normalizers)
+    true_centerness = _own_centerness(ground_truth)
+    del targets, ground_truth  # before the gradients need memory
     cls = sigmoid_focal_loss(
         logits,
         labels,
@@ -202,7 +203,7 @@ def fcos_loss_ref(
         centerness,
         targets.ltrb,
         targets.labels,
-        centerness_target=targets.centerness,
+        centerness_target=_own_centerness(ground_truth),
         weighted=options.box_weights == "centerness",
         quality=options.quality,
         kind=options.box_loss,
@@ -257,6 +258,11 @@ def _targets(
             f"{targets.labels.device}"
         )
     return targets
+
+
+def _own_centerness(ground_truth: GroundTruth | AssignedTargets) -> Tensor | None:
+    """The targets that the caller has made; None: those that follow from the distances."""
+    return ground_truth.centerness if isinstance(ground_truth, AssignedTargets) else None
 
 
 def _reduced(reduce: Reduce, sums: Tensor) -> Tensor:

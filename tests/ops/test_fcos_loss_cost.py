@@ -17,7 +17,7 @@ from tests.simt.build import load_simt_library
 #: Each is one kernel on a GPU.
 FORWARD = [
     "assign_targets",
-    "fcos_normalizers",
+    "fcos_normalizers_and_labels",
     "sigmoid_focal_loss_with_gradient",
     "box_and_centerness_loss_with_gradient",
 ]
@@ -71,11 +71,12 @@ def test_no_gradient_no_buffers(device: str) -> None:
     assert calls.ours == [name.removesuffix("_with_gradient") for name in FORWARD]
 
 
-def test_peak_memory(device: str) -> None:
-    """The gradients and the targets, hence little more than the logits have."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory(device: str, dtype: torch.dtype) -> None:
+    """The gradients, and 20 bytes a location of targets: little more than the logits have."""
     sizes = ((50, 84), (25, 42), (13, 21), (7, 11))
     options = make_options(sizes)
-    pyramid = make_pyramid(80, torch.float32, device, sizes=sizes)
+    pyramid = make_pyramid(80, dtype, device, sizes=sizes)
     truth = make_truth(80, device, extent=(400.0, 672.0))
 
     def step(*_: Any) -> tuple[Tensor, ...]:
