@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from ._levels import check_levels
@@ -59,6 +60,11 @@ class FCOSLossOptions:
     quality: Quality = "centerness"
     """What the centerness branch learns: the centerness, or "iou", the overlap of the predicted
     box with the true one, through which no gradient flows."""
+    debug: bool = False
+    """Check the values that the host does not see on a GPU: a label, count or offset out of its
+    range raises RuntimeError on the CPU and is a device-side assertion on a GPU, which names the
+    rule and ends the program. Costs launches; off, such labels are ignored and counted, and counts
+    and offsets are clamped on a GPU."""
 
 
 class GroundTruth(NamedTuple):
@@ -87,8 +93,9 @@ class FCOSLoss(NamedTuple):
     num_pos: Tensor
     """int64: positive locations of these predictions, before ``reduce``."""
     num_ignored: Tensor
-    """int64: locations whose label names no class of the head. Anything but 0 means that the labels
-    of the ground truth and the head do not fit."""
+    """int64: locations whose label names no class of the head, nor is -1. They take no part. Unless
+    it was meant, anything but 0 means that the labels of the ground truth and the head do not fit;
+    ``FCOSLossOptions(debug=True)`` then stops at the first such batch."""
 
 
 def fcos_loss(
@@ -118,8 +125,9 @@ def fcos_loss(
     incoming gradient. The host waits for nothing, and with padded boxes a CUDA graph can hold it
     all. Of memory, the gradients and 20 bytes a location are needed.
 
-    A location whose label is not below C, or below -1, takes no part and gets zero gradient.
-    Results are the same to the bit in every run, on any number of threads.
+    A location whose label is not below C, or below -1, takes no part, gets zero gradient and is
+    counted. Non-finite predictions show up in their own term, or, as distances or centerness of the
+    background, not at all. Results are the same to the bit in every run, on any number of threads.
 
     Args:
         predictions: (logits, ltrb, centerness), of each a sequence over 1 to 8 levels:
@@ -136,12 +144,14 @@ def fcos_loss(
 
     Returns:
         FCOSLoss: 0-d tensors, float32 (float64 for float64 predictions), and int64 counts. Nothing
-        is differentiable twice. Non-finite predictions show up in them.
+        is differentiable twice.
 
     Raises:
         TypeError: a tensor has the wrong kind of dtype, or ``reduce`` returns no tensor.
         ValueError: shapes, devices or numbers of levels do not agree, or an option is out of its
-            range; and what :func:`assign_targets` raises.
+            range; and what :func:`assign_targets` raises: on the CPU, too, that an image has more
+            boxes than there is room for.
+        RuntimeError: with ``debug``, a value is out of its range.
     """
     _check(predictions, options, reduce, normalizers)
     logits, ltrb, centerness = predictions
@@ -257,7 +267,36 @@ def _targets(
             f"{_OP}: ground_truth must be on the device of the logits, {logits[0].device}, got "
             f"{targets.labels.device}"
         )
+    if options.debug:
+        _check_values(ground_truth, targets, logits[0].shape[1])
     return targets
+
+
+def _check_values(
+    ground_truth: GroundTruth | AssignedTargets, targets: AssignedTargets, num_classes: int
+) -> None:
+    """Raise, or on a GPU stop the device, unless all labels, counts and offsets are in range."""
+    labels = targets.labels
+    if isinstance(ground_truth, AssignedTargets):
+        known = (labels >= -2) & (labels < num_classes)
+        rule = "must lie in -2..C-1"
+    else:
+        _, _, offsets, counts = ground_truth
+        room, count = ground_truth.boxes.shape[-2], counts
+        if offsets is not None:
+            first, last = offsets[:1] == 0, offsets[-1:] == room
+            _assert("offsets must start at 0 and end at K", torch.cat((first, last)))
+            count = offsets.diff()
+        if count is not None:
+            _assert("an image must have 0..M boxes", (count >= 0) & (count <= room))
+        of_box = targets.matched >= 0
+        known = ~of_box | ((labels >= 0) & (labels < num_classes))
+        rule = "of boxes must lie in 0..C-1"
+    _assert(f"labels {rule}, C = {num_classes}", known)
+
+
+def _assert(rule: str, holds: Tensor) -> None:
+    torch._assert_async(holds.all(), f"{_OP}: {rule}")
 
 
 def _own_centerness(ground_truth: GroundTruth | AssignedTargets) -> Tensor | None:

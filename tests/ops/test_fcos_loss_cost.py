@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -114,6 +115,29 @@ def test_simt(layout: str, seed: int) -> None:
         scaled = [*(x.detach() for x in loss), *gradients(loss, pyramid, 3.0)]
     assert all(torch.equal(a, b) for a, b in zip(scaled[:5], results[:5], strict=True))
     compare(scaled, pyramid, truth, options, 3.0)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_simt_reads_nothing_else_whatever_it_is_given(dtype: torch.dtype, garbage: float) -> None:
+    """Non-finite predictions, labels of any number, counts and offsets beyond the boxes."""
+    simt = load_simt_library()
+    pyramid = make_pyramid(5, dtype, layout="mixed")
+    with torch.no_grad():
+        for leaf in pyramid.leaves:
+            leaf[torch.rand(leaf.shape) < 0.2] = garbage
+    for padded in (False, True):
+        truth = make_truth(5, padded=padded)
+        truth.labels[::2] = torch.tensor([2**62, -(2**63), 5, -2, 7])[: len(truth.labels[::2])]
+        if truth.counts is not None:
+            truth = truth._replace(counts=truth.counts + 2**40)
+        elif truth.offsets is not None:
+            truth = truth._replace(offsets=truth.offsets * -(2**40) + 3)
+        simt.set_seed(0)
+        with simt.guarded_memory(), Calls(simulate=True):
+            loss = fcos_loss(pyramid, truth, make_options())
+            gradients(loss, pyramid)
+        assert 0 <= loss.num_pos.item() <= loss.num_pos.item() + loss.num_ignored.item() <= 2 * 165
 
 
 def compare(
