@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ._levels import check_levels
-from .assign_targets import AssignedTargets, Boundary, assign_targets, assign_targets_ref
-from .box_and_centerness_loss import (
-    Quality,
-    box_and_centerness_loss,
-    box_and_centerness_loss_ref,
-)
+from ._levels import check_levels, check_normalizers, check_parts
+from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from .box_and_centerness_loss import box_and_centerness_loss, box_and_centerness_loss_ref
+from .fcos_loss_options import BoxWeights, FCOSLossOptions, GroundTruth
 from .fcos_normalizers import fcos_normalizers_and_labels, fcos_normalizers_ref
-from .iou_loss import IoUKind
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 
 _OP = "fcos_loss"
 
-BoxWeights = Literal["centerness", "none"]
 _BOX_WEIGHTS = get_args(BoxWeights)
 Reduce = Callable[[Tensor], Tensor]
 Levels = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class FCOSLossOptions:
-    """What :func:`fcos_loss` computes. The defaults are those of FCOS with its improvements."""
-
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
-    """Of each level, in pixels."""
-    size_ranges: tuple[tuple[float, float], ...] = (
-        (0, 64),
-        (64, 128),
-        (128, 256),
-        (256, 512),
-        (512, math.inf),
-    )
-    """Of each level, what max(l, t, r, b) must lie in, in pixels."""
-    center_sampling_radius: float = 1.5
-    """Positives lie within radius * stride of the centre; 0: anywhere in the box."""
-    boundary: Boundary = "inclusive"
-    """Which ends belong to a size range; see :func:`fcos_ext.assign_targets`."""
-    normalize_ltrb: bool = True
-    """The distances are predicted in strides, not in pixels."""
-    alpha: float = 0.25
-    """Weight of a positive in the focal loss; -1: no weights."""
-    gamma: float = 2.0
-    """Focusing exponent of the focal loss."""
-    box_loss: IoUKind = "giou"
-    """See :func:`fcos_ext.iou_loss`."""
-    box_weights: BoxWeights = "centerness"
-    """Weight of a positive's box loss: its centerness target, or "none"."""
-    quality: Quality = "centerness"
-    """What the centerness branch learns: the centerness, or "iou", the overlap of the predicted
-    box with the true one, through which no gradient flows."""
-    debug: bool = False
-    """Check the values that the host does not see on a GPU: a label, count or offset out of its
-    range raises RuntimeError on the CPU and is a device-side assertion on a GPU, which names the
-    rule and ends the program. Costs launches; off, such labels are ignored and counted, and counts
-    and offsets are clamped on a GPU."""
-
-
-class GroundTruth(NamedTuple):
-    """The boxes of a batch, as :func:`fcos_ext.assign_targets` takes them."""
-
-    boxes: Tensor
-    """Tensor[K, 4], packed, or Tensor[N, M, 4], padded: x0, y0, x1, y1 in pixels."""
-    labels: Tensor
-    """Tensor[K] or Tensor[N, M]: class of each box, int64 or int32."""
-    offsets: Tensor | None = None
-    """Tensor[N + 1], of packed boxes: image i owns the boxes offsets[i] up to offsets[i + 1]."""
-    counts: Tensor | None = None
-    """Tensor[N], of padded boxes: image i owns the first counts[i] of its M boxes."""
 
 
 class FCOSLoss(NamedTuple):
@@ -308,15 +250,8 @@ def _reduced(reduce: Reduce, sums: Tensor) -> Tensor:
     result = reduce(sums)
     if not isinstance(result, Tensor):
         raise TypeError(f"{_OP}: reduce must return a tensor, got {type(result).__name__}")
-    _check_normalizers("what reduce returns", result)
+    check_normalizers(_OP, "what reduce returns", result)
     return result
-
-
-def _check_normalizers(name: str, normalizers: Tensor) -> None:
-    if not normalizers.is_floating_point():
-        raise TypeError(f"{_OP}: {name} must be floating point, got {normalizers.dtype}")
-    if normalizers.shape != (2,):
-        raise ValueError(f"{_OP}: {name} must have shape [2], got {list(normalizers.shape)}")
 
 
 def _check(
@@ -329,24 +264,10 @@ def _check(
         raise ValueError(
             f"{_OP}: predictions must be (logits, ltrb, centerness), got {len(predictions)} parts"
         )
-    names = ("logits", "ltrb", "centerness")
-    for name, levels, channels in zip(names, predictions, (None, 4, 1), strict=True):
+    parts = dict(zip(("logits", "ltrb", "centerness"), predictions, strict=True))
+    for (name, levels), channels in zip(parts.items(), (None, 4, 1), strict=True):
         check_levels(_OP, name, levels, channels)
-    logits, *others = predictions
-    grid = [(level.shape[0], *level.shape[2:]) for level in logits]
-    for name, levels in zip(names[1:], others, strict=True):
-        if (other := [(level.shape[0], *level.shape[2:]) for level in levels]) != grid:
-            raise ValueError(
-                f"{_OP}: {name} must agree with logits in N, H_l and W_l of every level, got "
-                f"{other} and {grid}"
-            )
-    for name, levels in zip(names, predictions, strict=True):
-        for level in levels:
-            if level.device != logits[0].device:
-                raise ValueError(
-                    f"{_OP}: {name} must be on the device of the first level, "
-                    f"{logits[0].device}, got {level.device}"
-                )
+    check_parts(_OP, parts)
     if options.box_weights not in _BOX_WEIGHTS:
         raise ValueError(
             f"{_OP}: box_weights must be one of {_BOX_WEIGHTS}, got {options.box_weights!r}"
@@ -355,9 +276,9 @@ def _check(
         return
     if reduce is not None:
         raise ValueError(f"{_OP}: either reduce or normalizers can be given, got both")
-    _check_normalizers("normalizers", normalizers)
-    if normalizers.device != logits[0].device:
+    check_normalizers(_OP, "normalizers", normalizers)
+    if normalizers.device != (device := predictions[0][0].device):
         raise ValueError(
-            f"{_OP}: normalizers must be on the device of the logits, {logits[0].device}, got "
+            f"{_OP}: normalizers must be on the device of the logits, {device}, got "
             f"{normalizers.device}"
         )

@@ -50,14 +50,14 @@ def test_errors(function: Any, changes: dict[str, Any], error: Any, message: str
     [
         ({"pred": []}, ValueError, "pred must have 1 to 8 levels, got 0"),
         ({"pred": [torch.ones(1, 5, 2, 3)]}, ValueError, "levels of pred must have C = 4, got 5"),
-        ({"centerness": [torch.ones(1, 1, 2, 2)]}, ValueError, "pred and centerness must agree"),
+        ({"centerness": [torch.ones(1, 1, 2, 2)]}, ValueError, "centerness must agree with pred"),
         ({"centerness": [torch.ones(1, 2, 2, 3)]}, ValueError, "levels of centerness must have C"),
         ({"target": torch.ones(1, 5, 4)}, ValueError, r"target must have .* \[1, 6, 4\], got"),
         ({"labels": torch.ones(6).int()}, ValueError, "labels must have the shape"),
         (
             {"centerness": [torch.ones(1, 1, 2, 3, device="meta")]},
             ValueError,
-            "all levels must be on the same device, cpu, got meta",
+            "centerness must be on the device of the first level, cpu, got meta",
         ),
     ],
 )
