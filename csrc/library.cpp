@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "int num_classes, int kind, bool weighted, bool iou_quality, float smooth, float eps) -> ()");
   m.def("fcos_normalizers(Tensor labels, Tensor centerness, int num_classes) -> Tensor");
   m.def(
+      "fcos_normalizers_and_labels(Tensor labels, Tensor centerness, int num_classes) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
       "float[] grids, float[] size_ranges, int boundary, bool normalize, int ties) -> "
       "(Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, Tensor num_pos)");

@@ -86,6 +86,11 @@ class LossConfig:
     """Focusing exponent of the focal loss."""
     box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
     """Overlap loss between predicted and true box."""
+    box_weights: Literal["centerness", "none"] = "centerness"
+    """Weigh each location's box loss by its centerness target, or all alike; the paper weighs."""
+    quality: Literal["centerness", "iou"] = "centerness"
+    """What the centerness branch learns: the centerness, or the overlap of the predicted box with
+    the true one. The authors' later code has "iou" together with box_weights "none"."""
 
 
 @dataclass(frozen=True)

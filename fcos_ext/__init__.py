@@ -10,7 +10,8 @@ from .box_and_centerness_loss import (
     box_and_centerness_loss,
     box_and_centerness_loss_ref,
 )
-from .fcos_loss import FCOSLoss, FCOSLossOptions, GroundTruth, fcos_loss, fcos_loss_ref
+from .fcos_loss import FCOSLoss, fcos_loss, fcos_loss_ref
+from .fcos_loss_options import FCOSLossOptions, GroundTruth
 from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
