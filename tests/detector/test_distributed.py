@@ -18,7 +18,7 @@ from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
 from fcos.distributed import Process, choose_device, start_process, stop_process
-from fcos.engine import _new_folder, _Training
+from fcos.engine import Training, _new_folder
 from fcos.inference import InferencePass, detect_dataset
 from fcos.losses import assign
 from fcos.model import FCOS
@@ -54,7 +54,7 @@ def batch_of(truths: list[list[list[int]]], rank: int = 0, world_size: int = 1) 
 def step(process: Process, truths: list[list[list[int]]], accumulation: int) -> dict[str, Any]:
     """Losses and gradients of an optimiser step on four images, over all processes."""
     train = TrainConfig(learning_rate=0.01, accumulation=accumulation)
-    training = _Training(Config(FROZEN, train=train), process, None, None)  # type: ignore[arg-type]
+    training = Training(Config(FROZEN, train=train), process, None, None)  # type: ignore[arg-type]
     share = batch_of(truths, process.rank, process.world_size)
     losses = process.sum(training.step(share, 0.01))
     gradients = {name: p.grad for name, p in training.network.named_parameters()}
