@@ -59,8 +59,9 @@ struct Args {
   unsigned long long* dropped;  // [N]
 
   // Where the candidates of an image and level go.
+  BoxCoding coding;
   Numbers image_sizes;
-  bool clip;
+  bool clip, keep_empty;
   int64_t candidates;
   float4* boxes;    // [N, candidates]
   float* scores;    // [N, candidates]
@@ -88,7 +89,7 @@ struct Logits {
   __device__ __forceinline__ T centerness(int location) const {
     const int y = static_cast<int>(d.width.quotient(static_cast<unsigned>(location)));
     const int x = location - y * d.level.width;
-    return d.level.centerness.numbers.at<T>(d.level.centerness.offset(n, y, x));
+    return d.level.template centerness_at<T>(n, y, x);
   }
 
   __device__ __forceinline__ acc location_cutoff(int location) const {

@@ -49,7 +49,7 @@ def test_errors(function: Any) -> None:
         (
             {"predictions": (logits, ltrb[:1], centerness)},
             ValueError,
-            "ltrb must have one level for each of 2 strides, got 1",
+            "regression must have one level for each of 2 strides, got 1",
         ),
         (
             {"predictions": ([x[0] for x in logits], ltrb, centerness)},
@@ -59,7 +59,7 @@ def test_errors(function: Any) -> None:
         (
             {"predictions": (logits, [x[:, :3] for x in ltrb], centerness)},
             ValueError,
-            r"ltrb of level 0 must be \[2, 4, H_0, W_0\] .*, got \[2, 3, 6, 9\]",
+            r"regression of level 0 must be \[2, 4, H_0, W_0\] .*, got \[2, 3, 6, 9\]",
         ),
         (
             {"predictions": (logits, ltrb, [centerness[0], centerness[1][:, :, :2]])},
@@ -84,7 +84,7 @@ def test_errors(function: Any) -> None:
         (
             {"predictions": (logits, [ltrb[0], ltrb[1].double()], centerness)},
             TypeError,
-            "ltrb must be floating point, the same in all levels, got torch.float64 at level 1",
+            "regression must be floating point, .*, got torch.float64 at level 1",
         ),
         (
             {"predictions": (logits, ltrb, [x.to("meta") for x in centerness])},
@@ -128,20 +128,23 @@ def changed(position: int, value: Any) -> Any:
         (changed(0, lambda x: x * 5), "logits must have 1 to 8 levels, got 10"),
         (changed(0, lambda x: [y[0] for y in x]), r"logits must be \[N, C, H, W\] with C >= 1"),
         (changed(0, lambda x: [y[:, :0] for y in x]), r"logits must be \[N, C, H, W\] with C >= 1"),
-        (changed(0, lambda x: [y[:, :, :0] for y in x]), "ltrb must be .* H and W of logits"),
+        (changed(0, lambda x: [y[:, :, :0] for y in x]), "regression must be .* H and W of logits"),
         (changed(0, lambda x: [y.long() for y in x]), "logits must be floating point, got Long"),
         (changed(0, lambda x: [x[0], x[1][:, :2]]), r"logits must be \[N, 3, H, W\]"),
-        (changed(1, lambda x: x[:1]), "ltrb must have 2 levels, got 1"),
-        (changed(1, lambda x: [y[:, :3] for y in x]), r"ltrb must be \[N, 4, H, W\]"),
-        (changed(1, lambda x: [x[0], x[1].half()]), "all levels of ltrb must have the same dtype"),
+        (changed(1, lambda x: x[:1]), "regression must have 2 levels, got 1"),
+        (changed(1, lambda x: [y[:, :3] for y in x]), r"regression must be \[N, 4, H, W\]"),
+        (
+            changed(1, lambda x: [x[0], x[1].half()]),
+            "all levels of regression must have the same dtype",
+        ),
         (changed(2, lambda x: [y[:1] for y in x]), r"centerness must be \[N, 1, H, W\]"),
-        (changed(3, lambda x: x[0]), r"image_sizes must be \[N, 2\]"),
-        (changed(3, lambda x: x.half()), "image_sizes must be Long, Int, Float or Double, got"),
-        (changed(4, lambda x: x[:, :1]), r"original_sizes must be \[N, 2\]"),
-        (changed(5, [1.0] * 9), "geometry must be 5 numbers a level, got 9"),
-        (changed(6, float("nan")), r"score_threshold must be in \[0, 1\], got nan"),
-        (changed(8, 0), "topk_candidates must be at least 1, got 0"),
-        (changed(9, 0), "max_detections must be at least 1, got 0"),
+        (changed(4, lambda x: x[0]), r"image_sizes must be \[N, 2\]"),
+        (changed(4, lambda x: x.half()), "image_sizes must be Long, Int, Float or Double, got"),
+        (changed(5, lambda x: x[:, :1]), r"original_sizes must be \[N, 2\]"),
+        (changed(6, [1.0] * 9), "grids must be 5 numbers a level, got 9"),
+        (changed(8, float("nan")), r"score_threshold must be in \[0, 1\], got nan"),
+        (changed(10, 0), "topk_candidates must be at least 1, got 0"),
+        (changed(11, 0), "max_detections must be at least 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,7 +160,7 @@ def test_kernel_errors(backend: str, change: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_geometry_and_sizes(backend: str) -> None:
+def test_odd_grids_and_sizes(backend: str) -> None:
     """Nothing is read or written out of bounds, whatever the numbers are."""
     if backend == "simt":
         library = load_simt_library()
@@ -166,9 +169,10 @@ def test_odd_geometry_and_sizes(backend: str) -> None:
     for odd in (float("nan"), float("inf"), -float("inf"), -1e30, 1e38):
         arguments = list(call.of(operator_arguments))
         for position, value in (
-            (3, torch.full_like(arguments[3], odd, dtype=torch.float32)),
-            (4, torch.full_like(arguments[3], odd, dtype=torch.float32)),
-            (5, [odd] * 10),
+            (3, [torch.full((h * w, 4), odd) for h, w in SIZES]),
+            (4, torch.full_like(arguments[4], odd, dtype=torch.float32)),
+            (5, torch.full_like(arguments[4], odd, dtype=torch.float32)),
+            (6, [odd] * 10),
         ):
             changed_arguments = [*arguments[:position], value, *arguments[position + 1 :]]
             if backend == "simt":
@@ -192,6 +196,6 @@ def check_padding(
 def test_mixed_devices() -> None:
     call = make_call(sizes=SIZES)
     arguments = list(call.to("cuda").of(operator_arguments))
-    arguments[3] = call.image_sizes
+    arguments[4] = call.image_sizes
     with pytest.raises(RuntimeError, match="logits and image_sizes must be on the same device"):
         torch.ops.fcos_ext.postprocess(*arguments)
