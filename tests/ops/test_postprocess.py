@@ -261,6 +261,7 @@ def test_dropped(backend: str) -> None:
     logits[0, :, 1, 2] = torch.tensor([INF, -INF, -9.0])  # a score of 1, and one of 0
     centerness[0, 0, 0, 2] = NAN
     centerness[1, 0, 0, 3] = NAN  # without a class score
+    logits[1, :, 0, 3] = -INF
     centerness[0, 0, 1, 1] = -30.0  # rules its location out if the threshold is on the final score
     for threshold_on, counts, dropped in (
         ("class", [2, 0], [3, 0]),
