@@ -58,7 +58,7 @@ struct Scoring {
   FCOS_INLINE float judge(float cls, float weight) const {
     const float p = product(cls, weight);
     const bool fails =
-        on_final ? final_of(p) <= threshold || final_of(weight) <= threshold : cls <= threshold;
+        on_final ? (final_of(p) <= threshold) | (final_of(weight) <= threshold) : cls <= threshold;
     return fails ? 0.0f : p;
   }
 };

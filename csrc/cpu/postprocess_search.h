@@ -214,12 +214,17 @@ class Search {
     for (int i = 0; i < n; i += kStep) {
       for (; next <= i; next += classes_) ++location;
       const int end = std::min(i + kStep, n);
-      float lowest = cutoffs_[location];
+      // Of the logits of that location, and of the others, which from 64 classes on is one.
+      const float head = cutoffs_[location];
+      float tail = kInfinity;
       for (int l = location + 1, start = next; start < end; ++l, start += classes_)
-        lowest = std::min(lowest, cutoffs_[l]);
-      if (lowest == kInfinity) continue;
+        tail = std::min(tail, cutoffs_[l]);
+      if (head == kInfinity && tail == kInfinity) continue;
       const scalar_t* x = first + i;
-      const acc cutoff = static_cast<acc>(lowest);
+      const int border = next - i;
+      const auto may_pass = [&](int k) {
+        return passes(x[k], static_cast<acc>(k < border ? head : tail));
+      };
       const auto found = [&](int k) {
         int l = location, beyond = next;
         for (; beyond <= i + k; beyond += classes_) ++l;
@@ -227,12 +232,11 @@ class Search {
       };
       if (end - i == kStep) {
         int any = 0;
-        for (int k = 0; k < kStep; ++k) any |= passes(x[k], cutoff);
-        if (!any) continue;
-        for_each_passing([&](int k) { return passes(x[k], cutoff); }, found);
+        for (int k = 0; k < kStep; ++k) any |= may_pass(k);
+        if (any) for_each_passing(may_pass, found);
       } else {
         for (int k = 0; k < end - i; ++k)
-          if (passes(x[k], cutoff)) found(k);
+          if (may_pass(k)) found(k);
       }
       if (count_ >= kScored) score();
     }
@@ -264,8 +268,12 @@ class Search {
       cls_[i] = static_cast<double>(static_cast<acc>(logits_[at]));
       weight_[i] = level_.template centerness_at<double>(tile_.image, y, x);
     }
-    for (int i = 0; i < count_; ++i)
-      score_[i] = scoring_.judge(sigmoid_by_series(cls_[i]), sigmoid_by_series(weight_[i]));
+    // One short loop each, or they are not vectorised.
+    float cls[kScored + kStep], weight[kScored + kStep];
+    for (int i = 0; i < count_; ++i) cls[i] = sigmoid_by_series(cls_[i]);
+    for (int i = 0; i < count_; ++i) weight[i] = sigmoid_by_series(weight_[i]);
+    const Scoring scoring = scoring_;
+    for (int i = 0; i < count_; ++i) score_[i] = scoring.judge(cls[i], weight[i]);
     for (int i = 0; i < count_; ++i) {
       const float score = score_[i];
       // A location whose centerness is not a number has been counted for all classes, if all are.
@@ -276,7 +284,7 @@ class Search {
       if (rank > tile_.floor) tile_.ranks.push_back(rank);
     }
     count_ = 0;
-    if (tile_.ranks.size() < 2 * k_ + 2 * kScored) return;
+    if (tile_.ranks.size() < k_ + k_ / 2 + kScored) return;
     // The floor rises, and with it what logits are compared with.
     tile_.floor = keep_best(tile_.ranks, k_);
     if (!has_centerness_) read_centerness();
