@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...postprocess import Levels, postprocess
+from ...postprocess import postprocess
+from ...postprocess_arguments import Levels
 from ...postprocess_options import MAX_LEVELS, PostprocessOptions
 
 
@@ -112,7 +113,8 @@ def as_compared(threshold: float, device: torch.device) -> float:
     """
     if device.type != "cpu":
         return threshold
-    nearest = torch.tensor(threshold, dtype=torch.float32)
-    if nearest.item() > threshold:
-        nearest = torch.nextafter(nearest, torch.tensor(-math.inf))
-    return max(nearest.item(), 0.0)
+    (nearest,) = struct.unpack("f", struct.pack("f", threshold))
+    if nearest > threshold:  # the bits of the float32 before it
+        (bits,) = struct.unpack("I", struct.pack("f", nearest))
+        (nearest,) = struct.unpack("f", struct.pack("I", bits - 1))
+    return float(nearest)
