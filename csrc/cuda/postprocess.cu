@@ -11,33 +11,36 @@ using namespace post;
 // ---- what overlaps are computed of ----
 
 // One block for each image: its boxes, or, if they are not too many, moved_apart().
-__global__ void __launch_bounds__(padded::kThreads)
+__global__ void __launch_bounds__(post::kThreads)
     postprocess_apart_kernel(const float4* boxes, const int32_t* labels, float4* moved,
-                             int64_t images, int64_t K, int64_t max_apart) {
+                             unsigned images, int K, int64_t max_apart) {
   __shared__ unsigned highest;  // key of a coordinate
   __shared__ unsigned present;
-  for (int64_t n = blockIdx.x; n < images; n += gridDim.x) {
-    if (threadIdx.x == 0) highest = present = 0;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (unsigned n = blockIdx.x; n < images; n += gridDim.x) {
+    const float4* from = boxes + int64_t(n) * K;
+    const int32_t* classes = labels + int64_t(n) * K;
+    float4* to = moved + int64_t(n) * K;
+    if (thread == 0) highest = present = 0;
     __syncthreads();
     unsigned key = 0, count = 0;
-    for (int64_t i = n * K + threadIdx.x; i < (n + 1) * K; i += padded::kThreads) {
-      if (labels[i] < 0) continue;
-      const float4 b = boxes[i];
-      key = max(key, order_key(fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w))));
-      ++count;
+    for (int i = thread; i < K; i += post::kThreads) {
+      const float4 b = from[i];
+      const unsigned of_box = order_key(fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+      const bool is_present = classes[i] >= 0;
+      key = max(key, is_present ? of_box : 0u);
+      count += is_present;
     }
-    if (count) {
-      atomicMax(&highest, key);
-      atomicAdd(&present, count);
-    }
+    atomicMax(&highest, key);
+    atomicAdd(&present, count);
     __syncthreads();
     const bool apart = present > 0 && static_cast<int64_t>(present) <= max_apart;
     const float step = apart ? number_of_key(highest) + 1.0f : 0.0f;
-    for (int64_t i = n * K + threadIdx.x; i < (n + 1) * K; i += padded::kThreads) {
-      const float4 b = boxes[i];
-      Box box = {b.x, b.y, b.z, b.w};
-      if (apart && labels[i] >= 0) box = moved_apart(box, labels[i], step);
-      moved[i] = make_float4(box.x0, box.y0, box.x1, box.y1);
+    for (int i = thread; i < K; i += post::kThreads) {
+      const float4 b = from[i];
+      // Of a box that is not present nothing is asked.
+      const Box box = moved_apart({b.x, b.y, b.z, b.w}, max(classes[i], 0), step);
+      to[i] = make_float4(box.x0, box.y0, box.x1, box.y1);
     }
     __syncthreads();  // the next image starts to write
   }
@@ -160,8 +163,9 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
   Tensor compared = boxes;
   if (call.max_apart > 0) {
     compared = empty({N, K, 4}, ScalarType::Float);
-    launch(&postprocess_apart_kernel, grid_for(N), dim3(padded::kThreads), 0, on, a.boxes, a.labels,
-           static_cast<float4*>(compared.mutable_data_ptr()), N, K, call.max_apart);
+    launch(&postprocess_apart_kernel, grid_for(N), dim3(post::kThreads), 0, on, a.boxes, a.labels,
+           static_cast<float4*>(compared.mutable_data_ptr()), static_cast<unsigned>(N),
+           static_cast<int>(K), call.max_apart);
   }
   const auto [keep, counts] =
       padded_batched_nms_cuda(compared, scores, labels, call.iou_threshold, D, call.class_agnostic);
@@ -198,7 +202,7 @@ const ListKernel kListed[] = {
     {"postprocess second pass fp32", &postprocess_select_kernel<true, float>, post::kThreads},
     {"postprocess best bf16", &postprocess_best_kernel<BFloat16>, padded::kThreads},
     {"postprocess best fp32", &postprocess_best_kernel<float>, padded::kThreads},
-    {"postprocess apart", &postprocess_apart_kernel, padded::kThreads},
+    {"postprocess apart", &postprocess_apart_kernel, post::kThreads},
     {"postprocess results", &postprocess_results_kernel, post::kThreads},
 };
 

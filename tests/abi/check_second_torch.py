@@ -177,7 +177,8 @@ def check_postprocess() -> None:
             anchors = [torch.cat([x, x + 9 + x.flip(1) / 4], dim=1).to(dtype) for x in corners]
             sizes = torch.tensor([[40, 55], [48, 64]])
             standard_results: Any = None
-            for changed in options:
+            # of two dtypes, which is enough to see each number arrive
+            for changed in options if dtype in (torch.float32, torch.bfloat16) else options[:1]:
                 plain = dict(changed)
                 given = {"anchors": anchors if plain.pop("anchors", False) else None}
                 scored = plain.pop("centerness", True)
