@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fcos_ext import PostprocessOptions, postprocess, postprocess_ref
+from fcos_ext import Grid, PostprocessOptions, postprocess, postprocess_ref
 from fcos_ext.postprocess import operator_arguments
 from tests.ops.postprocess_inputs import BACKENDS, NO_GPU, make_call
 from tests.simt.build import load_simt_library
 
 SIZES = ((6, 9), (3, 5))
+GRID = Grid(step=(8, 8), first=(0, 0), unit=8)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,12 @@ SIZES = ((6, 9), (3, 5))
         ({"strides": ()}, r"strides must be 1 to 8 numbers >= 1, got \(\)"),
         ({"strides": (8,) * 9}, "strides must be 1 to 8 numbers"),
         ({"strides": (8, 0)}, r"strides must be .*, got \(8, 0\)"),
+        ({"strides": (8, GRID._replace(unit=0.0))}, "a Grid must have finite .*unit=0.0.* level 1"),
+        ({"coding": "corners"}, "coding must be one of .*, got 'corners'"),
+        ({"delta_weights": (1.0, 1.0, 0.0, 1.0)}, "delta_weights must be 4 numbers above 0, got"),
+        ({"delta_weights": (1.0,) * 3}, "delta_weights must be 4 numbers above 0, got"),
+        ({"delta_limit": float("nan")}, "delta_limit must be above -inf, got nan"),
+        ({"overlaps": "moved"}, "overlaps must be one of .*, got 'moved'"),
         ({"score": "root"}, r"score must be one of \('sqrt', 'product'\), got 'root'"),
         ({"threshold_on": "box"}, "threshold_on must be one of .*, got 'box'"),
         ({"locations": "corner"}, "locations must be one of .*, got 'corner'"),
@@ -44,6 +51,9 @@ def test_errors(function: Any) -> None:
     good: dict[str, Any] = {"predictions": (logits, ltrb, centerness), "image_sizes": sizes}
     good |= {"options": PostprocessOptions(strides=(8, 16))}
     function(**good)
+    anchors = [torch.rand(h * w, 4) for h, w in SIZES]
+    deltas = PostprocessOptions(strides=(8, 16), coding="deltas")
+    function(**good | {"options": deltas, "anchors": anchors})
     cases: list[tuple[dict[str, Any], Any, str]] = [
         ({"predictions": (logits, ltrb)}, ValueError, "predictions must be .*, got 2 sequences"),
         (
@@ -91,6 +101,15 @@ def test_errors(function: Any) -> None:
             ValueError,
             "centerness must be on the device of logits, cpu, got meta",
         ),
+        ({"options": deltas}, ValueError, "anchors must be given with coding 'deltas', got None"),
+        ({"anchors": anchors[:1]}, ValueError, "anchors must have one level for each of 2 strides"),
+        (
+            {"anchors": [anchors[0], anchors[0]]},
+            ValueError,
+            r"anchors of level 1 must be \[H_1 W_1, 4\], \[15, 4\], got \[54, 4\]",
+        ),
+        ({"anchors": [x.long() for x in anchors]}, TypeError, "anchors must be floating point"),
+        ({"anchors": [x.to("meta") for x in anchors]}, ValueError, "anchors must be on the dev"),
         ({"image_sizes": sizes[:1]}, ValueError, r"image_sizes must have shape \[2, 2\], got"),
         ({"image_sizes": sizes > 0}, TypeError, "image_sizes must be integers or .*bool"),
         ({"original_sizes": sizes[0]}, ValueError, r"original_sizes must .*, got \[2\]"),
@@ -138,6 +157,11 @@ def changed(position: int, value: Any) -> Any:
             "all levels of regression must have the same dtype",
         ),
         (changed(2, lambda x: [y[:1] for y in x]), r"centerness must be \[N, 1, H, W\]"),
+        (changed(3, [torch.zeros(54, 4)]), "anchors must have 2 levels, or none, got 1"),
+        (changed(3, [torch.zeros(54, 4)] * 2), r"anchors must be \[H W, 4\] with the H and W of"),
+        (changed(3, [torch.zeros(54, 4).int()] * 2), "anchors must be floating point, got Int"),
+        (changed(7, [1.0] * 5), "deltas need anchors"),
+        (changed(7, [1.0] * 4), "deltas must be 4 weights and a limit, or nothing, got 4 numbers"),
         (changed(4, lambda x: x[0]), r"image_sizes must be \[N, 2\]"),
         (changed(4, lambda x: x.half()), "image_sizes must be Long, Int, Float or Double, got"),
         (changed(5, lambda x: x[:, :1]), r"original_sizes must be \[N, 2\]"),
