@@ -15,36 +15,21 @@
 namespace fcos_ext {
 namespace {
 
-// Candidates of an image, or of one of its levels.
+// Candidates of an image.
 struct Selected {
   std::vector<Box> boxes;
   std::vector<float> scores;
   std::vector<int32_t> labels;
   std::vector<int64_t> places;  // level, location and class: of equal scores the lower comes first
   int64_t dropped = 0;
-
-  void reserve(size_t n) {
-    boxes.reserve(n);
-    scores.reserve(n);
-    labels.reserve(n);
-    places.reserve(n);
-  }
-
-  void append(const Selected& more) {
-    boxes.insert(boxes.end(), more.boxes.begin(), more.boxes.end());
-    scores.insert(scores.end(), more.scores.begin(), more.scores.end());
-    labels.insert(labels.end(), more.labels.begin(), more.labels.end());
-    places.insert(places.end(), more.places.begin(), more.places.end());
-    dropped += more.dropped;
-  }
 };
 
+// Appends the candidates of a level.
 void decode(const PostprocessCall& call, int l, int64_t n, const Ranks& ranks, Selected& selected) {
   const PostprocessLevel& level = call.levels[l];
   const float height = call.image_sizes.at<float>(2 * n);
   const float width = call.image_sizes.at<float>(2 * n + 1);
   const int classes = static_cast<int>(call.classes);
-  selected.reserve(ranks.size());
   for (const Rank<float> rank : ranks) {
     const int flat = static_cast<int>(index_of(rank));
     const int location = flat / classes, y = location / level.width;
@@ -127,26 +112,21 @@ struct Cpu {
     dispatch_floating(call.dtype, "postprocess",
                       [&](auto zero) { search<decltype(zero)>(call, tiles); });
 
-    std::vector<Selected> selected(static_cast<size_t>(call.images * L));
-    torch::stable::parallel_for(0, call.images * L, 1, [&](int64_t first, int64_t last) {
-      for (int64_t map = first; map < last; ++map) {
-        Ranks ranks;
-        for (size_t t = first_tile[map]; t < first_tile[map + 1]; ++t) {
-          ranks.insert(ranks.end(), tiles[t].ranks.begin(), tiles[t].ranks.end());
-          selected[map].dropped += tiles[t].dropped;
-        }
-        const int l = static_cast<int>(map % L);
-        keep_best(ranks, static_cast<size_t>(call.levels[l].max_candidates));
-        decode(call, l, map / L, ranks, selected[map]);
-      }
-    });
-
     torch::stable::parallel_for(0, call.images, 1, [&](int64_t first, int64_t last) {
       Suppression suppression;
       for (int64_t n = first; n < last; ++n) {
-        Selected all;
-        for (int64_t map = n * L; map < (n + 1) * L; ++map) all.append(selected[map]);
-        with_cpu_isa([&] { suppression.run(call, all, n); });
+        Selected selected;
+        for (int l = 0; l < static_cast<int>(L); ++l) {
+          const int64_t map = n * L + l;
+          Ranks ranks;
+          for (size_t t = first_tile[map]; t < first_tile[map + 1]; ++t) {
+            ranks.insert(ranks.end(), tiles[t].ranks.begin(), tiles[t].ranks.end());
+            selected.dropped += tiles[t].dropped;
+          }
+          keep_best(ranks, static_cast<size_t>(call.levels[l].max_candidates));
+          decode(call, l, n, ranks, selected);
+        }
+        with_cpu_isa([&] { suppression.run(call, selected, n); });
       }
     });
   }
