@@ -94,7 +94,10 @@ class LossConfig:
     box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
     """Overlap loss between predicted and true box."""
     box_weights: Literal["centerness", "none"] = "centerness"
-    """Weight of a positive's box loss: its centerness target, or 1."""
+    """Weigh each location's box loss by its centerness target, or all alike; the paper weighs."""
+    quality: Literal["centerness", "iou"] = "centerness"
+    """What the centerness branch learns: the centerness, or the overlap of the predicted box with
+    the true one. The authors' later code has "iou" together with box_weights "none"."""
     normalizer: Literal["all_reduced", "local"] = "all_reduced"
     """What sums of losses are divided by: the positives of the step's whole batch; or each process
     by those of its own images, so that the result depends on how the batch is split."""
@@ -116,6 +119,9 @@ class PostprocessConfig:
     """Best detections kept per image."""
     keep_empty: bool = False
     """Keep boxes without area, such as those that lie outside the image, as torchvision does."""
+    overlaps: Literal["exact", "torchvision"] = "exact"
+    """Overlaps of the boxes, or of the boxes of each class moved to a place of their own, which
+    rounds them: what torchvision compares for up to 1,000 candidates (25,000 on a GPU)."""
     score: Literal["sqrt", "product"] = "sqrt"
     """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fcos_ext.assign_targets import Grid
+from fcos_ext.grids import Grid
 
 Locations = Literal["half_stride", "torchvision"]
 

@@ -103,17 +103,19 @@ def fcos_losses(
 
     Returns:
         "cls": focal loss of all logits, divided by the number of positives; "box": overlap loss
-        of the positives, weighted by their centerness targets and divided by their sum, or without
-        weights and divided by their number; "centerness": binary cross-entropy of the positives,
-        divided by their number. Each a 0-d float32 tensor, also if there are no positives at all.
-        The third does not approach 0: the cross-entropy of a target between 0 and 1 is at least
-        its entropy, about 0.6 in practice.
+        of the positives, weighted by their centerness targets and divided by their sum, or, with
+        box_weights "none", divided by the number of positives; "centerness": binary cross-entropy
+        of the positives with their centerness target or, with quality "iou", with the overlap of
+        their box, divided by their number. Each a 0-d float32 tensor, also if there are no
+        positives at all. The third does not approach 0: the cross-entropy of a target between 0
+        and 1 is at least its entropy, about 0.6 in practice.
     """
     options = fcos_ext.FCOSLossOptions(
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         box_loss=config.box_loss,
         box_weights=config.box_weights,
+        quality=config.quality,
     )
     loss = fcos_ext.fcos_loss(predictions, targets, options, normalizers=normalizers.sums)
     return {"cls": loss.cls, "box": loss.box, "centerness": loss.centerness}

@@ -55,6 +55,7 @@ def postprocess(
         max_detections=config.max_detections,
         locations=model.locations,
         keep_empty=config.keep_empty,
+        overlaps=config.overlaps,
     )
     # The sides of padded images are multiples of the finest strides.
     finest, stride = predictions.logits[0].shape, model.strides[0]

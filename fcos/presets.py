@@ -99,7 +99,9 @@ def torchvision() -> Config:
         trainable_scales=False,
     )
     loss = LossConfig(box_weights="none", normalizer="local")
-    postprocess = PostprocessConfig(score_threshold=0.2, threshold_on="final", keep_empty=True)
+    postprocess = PostprocessConfig(
+        score_threshold=0.2, threshold_on="final", keep_empty=True, overlaps="torchvision"
+    )
     data = DataConfig(resize="torchvision")
     train = TrainConfig(
         iterations=190_560,  # 26 times the 117,266 images that have boxes

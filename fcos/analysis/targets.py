@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcos_ext.assign_targets import Grid
+from fcos_ext.grids import Grid
 
 from ..data.padding import padded_size
 from ..locations import feature_sizes, level_grids

@@ -18,7 +18,7 @@ from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
 from fcos.distributed import Process, choose_device, start_process, stop_process
-from fcos.engine import _new_folder, _Training
+from fcos.engine import Training, _new_folder
 from fcos.inference import InferencePass, detect_dataset
 from fcos.losses import assign
 from fcos.model import FCOS
@@ -63,7 +63,7 @@ def step(
     """Losses and gradients of an optimiser step on four images, over all processes."""
     train = TrainConfig(learning_rate=0.01, accumulation=accumulation)
     config = Config(FROZEN, LossConfig(normalizer=normalizer), train=train)
-    training = _Training(config, process, None, None)  # type: ignore[arg-type]
+    training = Training(config, process, None, None)  # type: ignore[arg-type]
     if share is None:
         share = batch_of(truths, process.rank, process.world_size)
     losses = process.sum(training.step(share, 0.01))

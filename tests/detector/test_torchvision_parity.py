@@ -27,7 +27,7 @@ from fcos.locations import level_grids
 from fcos.losses import assign, fcos_losses, step_normalizers
 from fcos.predict import Predictor
 from fcos.presets import torchvision
-from fcos_ext.assign_targets import Grid
+from fcos_ext.grids import Grid
 from tests.detector.torchvision_twins import (
     Size,
     Twins,
