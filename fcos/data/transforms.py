@@ -96,8 +96,17 @@ class ResizeShorterSide(v2.Transform):
 
 
 def _normalize(config: DataConfig) -> list[v2.Transform]:
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(config.mean, config.std),
-        v2.ToPureTensor(),
-    ]
+    # of the file's uint8 values, scale makes 0..1
+    steps: list[v2.Transform] = [v2.ToDtype(torch.float32, scale=config.pixel_range == 1)]
+    if config.color_order == "bgr":
+        steps.append(ReverseChannels())
+    return [*steps, v2.Normalize(config.mean, config.std), v2.ToPureTensor()]
+
+
+class ReverseChannels(v2.Transform):
+    """RGB to BGR."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(inpt.flip(-3), like=inpt)
