@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from . import dialects
 from .config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 
 
@@ -71,4 +72,15 @@ def tiny() -> Config:
     return Config(model=model, data=data, train=train)
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"improved": improved, "paper": paper, "tiny": tiny}
+PRESETS: dict[str, Callable[[], Config]] = {
+    "improved": improved,
+    "paper": paper,
+    "tiny": tiny,
+    "original": dialects.original,
+    "original-imprv": dialects.original_imprv,
+    "adelaidet": dialects.adelaidet,
+    "adelaidet-rt": dialects.adelaidet_rt,
+    "detectron2": dialects.detectron2,
+    "mmdet": dialects.mmdet,
+    "mmdet-tricks": dialects.mmdet_tricks,
+}

@@ -1,0 +1,1 @@
+"""Checkpoints of other FCOS code bases, read and written."""
