@@ -29,7 +29,8 @@ def load(
     """The trained detector in a checkpoint; nothing else is needed to predict with it.
 
     Args:
-        checkpoint: a file that ``fcos train`` wrote.
+        checkpoint: a file that ``fcos train`` wrote, or one of the other code bases that
+            ``fcos convert`` knows.
         device: as torch names it, or "auto": the GPU if there is one.
         amp, compile, graph: how it runs; see :class:`fcos.Predictor`.
 
@@ -37,11 +38,12 @@ def load(
         fcos.config.ConfigError: ``graph`` without a GPU.
         fcos.checkpoint.CheckpointError: the file is missing, damaged or foreign.
     """
-    from .checkpoint import load_checkpoint, load_weights
+    from .checkpoint import load_weights
+    from .convert.conversion import load_any
     from .model import FCOS
     from .predict import Predictor
 
-    content = load_checkpoint(Path(checkpoint))
+    content = load_any(Path(checkpoint))
     network = FCOS(content["config"].model, pretrained_backbone=False)
     # "model" is what was evaluated: the moving average where training kept one
     load_weights(network, content["model"], str(checkpoint))

@@ -1,25 +1,37 @@
-"""The trunk: ResNets of torchvision, their ImageNet weights, and the feature pyramid."""
+"""The trunk: networks of torchvision, their ImageNet weights, and the feature pyramid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .checkpoint import CheckpointError, read_plain
 from .config import ConfigError, ModelConfig
+from .deformable import DeformableConv2d
 
 Norm = Callable[[int], nn.Module]
 
+Stages = tuple[tuple[str, ...], ...]
+
 # The stages in the order in which they can be frozen.
-STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+STAGES: Stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+# Those of MobileNetV2 end where its resolution is halved next.
+MOBILENET_STAGES: Stages = tuple(
+    tuple(map(str, range(first, end))) for first, end in ((0, 2), (2, 4), (4, 7), (7, 14), (14, 18))
+)
+#: Backbones of blocks of 1x1, 3x3 and 1x1 convolutions.
+BOTTLENECKS = ("resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d")
+# Of weights published for them, what classifies.
+_CLASSIFIERS = ("fc.", "classifier.")
 
 
 def build_backbone(config: ModelConfig, pretrained: bool) -> BackboneWithFPN:
@@ -32,26 +44,49 @@ def build_backbone(config: ModelConfig, pretrained: bool) -> BackboneWithFPN:
     Raises:
         ConfigError: the weights cannot be had, or do not fit.
     """
-    norm: Norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    kind = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    norm: Norm = partial(kind, eps=config.batch_norm_eps)
     if config.backbone == "resnet10_half":
-        trunk: ResNet10Half | ResNet = ResNet10Half(norm)
-        c5 = 256
+        trunk: nn.Module = ResNet10Half(norm)
     else:
         trunk = get_model(config.backbone, weights=None, norm_layer=norm)
-        c5 = trunk.fc.in_features
     if pretrained and config.backbone_weights != "none":
         _load_weights(trunk, config)
-    for stage in STAGES[: config.frozen_stages]:
+    stages, taps = STAGES, ("layer2", "layer3", "layer4")
+    channels = [128, 256, 512] if isinstance(trunk, ResNet) else [64, 128, 256]
+    if config.backbone == "mobilenet_v2":
+        trunk = trunk.get_submodule("features")
+        stages, taps, channels = MOBILENET_STAGES, ("6", "13", "17"), [32, 96, 320]
+    elif config.backbone in BOTTLENECKS:
+        channels = [4 * c for c in channels]
+        _adapt_bottlenecks(trunk, config)
+    for stage in stages[: config.frozen_stages]:
         for name in stage:
             trunk.get_submodule(name).requires_grad_(False)
     return BackboneWithFPN(
         trunk,
-        return_layers={"layer2": "p3", "layer3": "p4", "layer4": "p5"},
-        in_channels_list=[c5 // 4, c5 // 2, c5],
+        return_layers=dict(zip(taps, ("p3", "p4", "p5"), strict=True)),
+        in_channels_list=channels,
         out_channels=config.fpn_channels,
         # the pyramid's own default would append a pooled level
-        extra_blocks=ExtraLevels(config.fpn_channels, len(config.strides) - 3),
+        extra_blocks=ExtraLevels(
+            config.fpn_channels,
+            len(config.strides) - 3,
+            channels[-1] if config.p6_source == "c5" else None,
+        ),
     )
+
+
+def _adapt_bottlenecks(trunk: nn.Module, config: ModelConfig) -> None:
+    """Strides and deformable convolutions as configured, after the weights were loaded."""
+    for stage in range(1, 5):
+        for i, block in enumerate(trunk.get_submodule(f"layer{stage}").children()):
+            if not isinstance(block, Bottleneck):
+                raise TypeError(f"{config.backbone}: {type(block).__name__} is no bottleneck")
+            if config.stride_in == "1x1":
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+            if stage in config.deformable_stages and i % config.deformable_interval == 0:
+                block.conv2 = DeformableConv2d.from_conv(block.conv2)
 
 
 class ResNet10Half(nn.Sequential):
@@ -83,13 +118,22 @@ def _stage(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
 
 
 class ExtraLevels(ExtraFPNBlock):
-    """Coarser levels on top of P5: P6 = conv(P5), P7 = conv(relu(P6)), and so on, each stride 2."""
+    """Coarser levels on top: P6 = conv(P5), P7 = conv(relu(P6)), and so on, each stride 2.
 
-    def __init__(self, channels: int, levels: int) -> None:
+    Args:
+        channels: of the levels.
+        levels: how many to add.
+        c5_channels: P6 is made from C5, which has as many; None: from P5.
+    """
+
+    def __init__(self, channels: int, levels: int, c5_channels: int | None = None) -> None:
         super().__init__()
         self.names = [f"p{6 + level}" for level in range(levels)]
+        self.from_c5 = c5_channels is not None
+        inputs = channels if c5_channels is None else c5_channels
         for name in self.names:
-            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            conv = nn.Conv2d(inputs, channels, 3, stride=2, padding=1)
+            inputs = channels
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.add_module(name, conv)
@@ -98,8 +142,8 @@ class ExtraLevels(ExtraFPNBlock):
         self, results: list[Tensor], x: list[Tensor], names: list[str]
     ) -> tuple[list[Tensor], list[str]]:
         for i, name in enumerate(self.names):
-            last = results[-1]
-            results.append(self.get_submodule(name)(last if i == 0 else last.relu()))
+            below = x[-1] if self.from_c5 else results[-1]
+            results.append(self.get_submodule(name)(below if i == 0 else results[-1].relu()))
             names.append(name)
         return results, names
 
@@ -109,7 +153,7 @@ def _load_weights(trunk: nn.Module, config: ModelConfig) -> None:
         state = _imagenet_weights(config.backbone)
     else:
         state = _weights_from_file(Path(config.backbone_weights))
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
     try:
         missing, unexpected = trunk.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a shape differs
@@ -117,7 +161,9 @@ def _load_weights(trunk: nn.Module, config: ModelConfig) -> None:
             f"backbone weights {config.backbone_weights}: do not fit {config.backbone}: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from error
-    missing = [k for k in missing if not k.startswith("fc.") and "num_batches_tracked" not in k]
+    missing = [
+        k for k in missing if not k.startswith(_CLASSIFIERS) and "num_batches_tracked" not in k
+    ]
     unexpected = [k for k in unexpected if "num_batches_tracked" not in k]
     if missing or unexpected:
         raise ConfigError(

@@ -43,6 +43,11 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         "class_names": list(content["class_names"]),
         "category_ids": list(content["category_ids"]),
     }
+    save_plain(path, content)
+
+
+def save_plain(path: Path, content: dict[str, Any]) -> None:
+    """As :func:`save_checkpoint`, of any tensors and plain values."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -64,8 +69,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this project.
     """
     path = Path(path)
-    content = read_plain(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    return check_content(read_plain(path), path)
+
+
+def is_ours(content: Any) -> bool:
+    """Whether a file that holds this is a checkpoint of this project."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check_content(content: Any, path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, with "config" as a Config. Raises CheckpointError."""
+    if not is_ours(content):
         raise CheckpointError(f"{path}: not a checkpoint of this project (no format {FORMAT!r})")
     if absent := [key for key in _KEYS if key not in content]:
         raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(absent)}")

@@ -28,6 +28,7 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   train     train a detector
   eval      measure a checkpoint on annotated images
   predict   draw detections on images and videos
+  convert   checkpoints of other FCOS code bases, to ours and back
   analyze   what can be learned of your boxes, before training
   targets   pictures of what each location learns
   bench     time the kernels and the detector against PyTorch's and torchvision's
@@ -139,6 +140,7 @@ def _check_torchvision() -> None:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a person can mend: reported without a traceback."""
     from .checkpoint import CheckpointError
+    from .convert.errors import ConvertError
     from .data.annotations import AnnotationError
     from .data.images import ImageError
     from .evaluate import EvaluationError
@@ -147,6 +149,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     return (
         CheckpointError,
+        ConvertError,
         AnnotationError,
         ImageError,
         NonFiniteLossError,
@@ -335,6 +338,12 @@ def _env(arguments: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: list[str]) -> int:
+    from .convert.commands import convert
+
+    return convert(arguments)
+
+
 def _analyze(arguments: list[str]) -> int:
     from .analysis.commands import analyze
 
@@ -362,6 +371,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "convert": _convert,
     "analyze": _analyze,
     "targets": _targets,
     "bench": _bench,

@@ -25,7 +25,9 @@ Backbone = Literal[
     "resnet101",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "mobilenet_v2",
 ]
+TowerNorm = Literal["group", "batch", "level_batch", "none"]
 
 
 class ConfigError(ValueError):
@@ -39,11 +41,21 @@ class ModelConfig:
     num_classes: int | None = None
     """Object classes, without background. None: as many as the training annotations have."""
     backbone: Backbone = "resnet50"
-    """ResNet or ResNeXt of torchvision; resnet10_half is a small one for CPUs."""
+    """ResNet, ResNeXt or MobileNetV2 of torchvision; resnet10_half is a small one for CPUs."""
     backbone_weights: str = "imagenet"
     """"imagenet" (torchvision's, downloaded once), "none", or the path of a state dict."""
     frozen_batch_norm: bool = True
     """Batch norm as a fixed scale and shift; False trains it (for training from scratch)."""
+    batch_norm_eps: float = 1e-5
+    """Added to the variances of the backbone's batch norms."""
+    stride_in: Literal["3x3", "1x1"] = "3x3"
+    """The convolution of a bottleneck block that halves the resolution: the 3x3 as in torchvision,
+    or the first 1x1 as in the ResNets of Caffe and MSRA."""
+    deformable_stages: tuple[int, ...] = ()
+    """Stages of a bottleneck ResNet (1 to 4 for layer1 to layer4) whose 3x3 convolutions are
+    deformable: DCNv2, https://arxiv.org/abs/1811.11168."""
+    deformable_interval: int = 1
+    """Only every so many-th block of those stages is, starting with the first."""
     frozen_stages: int = 2
     """Backbone stages that are not trained: 0 none, 1 the stem, 2 the stem and layer1, 5 all."""
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -69,8 +81,19 @@ class ModelConfig:
     and so with the other images of a batch."""
     fpn_channels: int = 256
     """Channels of the feature pyramid and of the head."""
+    p6_source: Literal["p5", "c5"] = "p5"
+    """What the first of the extra levels is made from: P5, or the backbone's last stage."""
+    shared_tower_convs: int = 0
+    """3x3 convolutions that both towers have in common, before them."""
     tower_convs: int = 4
     """3x3 convolutions in each of the head's two towers."""
+    tower_norm: TowerNorm = "group"
+    """After each convolution of the towers: group norm with 32 groups, batch norm, batch norm with
+    parameters and statistics of its own for each level, or none."""
+    tower_bias: bool = True
+    """Whether the convolutions of the towers have a bias."""
+    tower_deformable: bool = False
+    """The last convolution of each of the two towers is deformable (DCNv2)."""
     activation: Literal["exp", "relu"] = "relu"
     """Makes the predicted distances non-negative."""
     normalize_ltrb: bool = True
@@ -124,6 +147,8 @@ class PostprocessConfig:
     rounds them: what torchvision compares for up to 1,000 candidates (25,000 on a GPU)."""
     score: Literal["sqrt", "product"] = "sqrt"
     """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
+    clip: Literal["before_nms", "after_nms"] = "before_nms"
+    """When boxes are cut off at the border of the image, and dropped if nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +180,12 @@ class DataConfig:
     """Chance of a horizontal flip in training."""
     photometric: bool = False
     """Random brightness, contrast, saturation and hue in training."""
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    """Order of the channels that the network sees."""
+    pixel_range: Literal[1, 255] = 1
+    """Values of its pixels run from 0 to this one, before the next two."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB values in 0..1."""
+    """Subtracted from each channel, in the order of color_order."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides them afterwards."""
     workers: int = 4

@@ -70,6 +70,11 @@ def check(config: Config, world_size: int = 1, device: str = "cpu") -> None:
             f"{world_size} on {device}; train.compile works anywhere"
         )
     model = config.model
+    if model.backbone_weights == "imagenet" and data.color_order == "bgr":
+        raise ConfigError(
+            "data.color_order is bgr, but model.backbone_weights is imagenet: torchvision's, which "
+            "know RGB; set model.backbone_weights to a file of weights that were trained on BGR"
+        )
     if model.backbone_weights == "none" and model.frozen_stages:
         raise ConfigError(
             f"model.frozen_stages is {model.frozen_stages}, but model.backbone_weights is none: "

@@ -7,28 +7,14 @@ https://arxiv.org/abs/1904.01355, with the improvements its authors published la
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .backbones import STAGES, build_backbone
+from .backbones import BOTTLENECKS, STAGES, build_backbone
 from .config import ConfigError, ModelConfig
+from .head import FCOSHead, Predictions
 
-# exp(16) is 9 million pixels: beyond any box, and far from overflow.
-_MAX_EXPONENT = 16.0
-
-
-class Predictions(NamedTuple):
-    """The network's outputs, one tensor a feature level, finest first."""
-
-    logits: list[Tensor]
-    """Tensor[N, C, H_l, W_l]: raw class scores."""
-    ltrb: list[Tensor]
-    """Tensor[N, 4, H_l, W_l]: distances from the location to the box's left, top, right and
-    bottom side, >= 0, float32, in pixels or, with ``normalize_ltrb``, in strides."""
-    centerness: list[Tensor]
-    """Tensor[N, 1, H_l, W_l]: raw centerness."""
+__all__ = ["FCOS", "Predictions"]
 
 
 class FCOS(nn.Module):
@@ -55,61 +41,6 @@ class FCOS(nn.Module):
             images (Tensor[N, 3, H, W]): normalised, zero padded, H and W multiples of 32.
         """
         return self.head(list(self.backbone(images).values()))
-
-
-class FCOSHead(nn.Module):
-    """Two towers of convolutions, and one convolution for each of the three outputs."""
-
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        super().__init__()
-        channels = config.fpn_channels
-        self.activation = config.activation
-        self.centerness_on_cls = config.centerness_branch == "cls"
-        self.cls_tower = _tower(channels, config.tower_convs)
-        self.box_tower = _tower(channels, config.tower_convs)
-        self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
-        self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
-        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
-        levels = len(config.strides)
-        self.scales = nn.Parameter(torch.ones(levels)) if config.trainable_scales else None
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        # Every location starts as a confident background, or the many negatives would swamp the
-        # first steps: Lin et al., https://arxiv.org/abs/1708.02002, section 3.3.
-        prior = config.prior_probability
-        nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
-
-    def forward(self, features: list[Tensor]) -> Predictions:
-        predictions = Predictions([], [], [])
-        for level, feature in enumerate(features):
-            cls, box = self.cls_tower(feature), self.box_tower(feature)
-            # float32 under autocast too: bfloat16 cannot tell 200 pixels from 201
-            distances = self.ltrb(box).float()
-            if self.scales is not None:
-                distances = distances * self.scales[level]
-            if self.activation == "exp":
-                distances = distances.clamp(max=_MAX_EXPONENT).exp()
-            else:
-                distances = distances.relu()
-            predictions.logits.append(self.cls_logits(cls))
-            predictions.ltrb.append(distances)
-            predictions.centerness.append(self.centerness(cls if self.centerness_on_cls else box))
-        return predictions
-
-
-def _tower(channels: int, convs: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(convs):
-        layers += [
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(32, channels),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*layers)
 
 
 def _check(config: ModelConfig) -> int:
@@ -145,8 +76,30 @@ def _check(config: ModelConfig) -> int:
         raise ConfigError(
             f"model.center_sampling_radius must be >= 0, got {config.center_sampling_radius}"
         )
-    if config.tower_convs < 0:
-        raise ConfigError(f"model.tower_convs must be >= 0, got {config.tower_convs}")
+    for name in ("tower_convs", "shared_tower_convs"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"model.{name} must be >= 0, got {getattr(config, name)}")
+    if config.tower_deformable and not config.tower_convs:
+        raise ConfigError("model.tower_deformable needs model.tower_convs >= 1, got 0")
+    if not 0 <= config.batch_norm_eps < 1:
+        raise ConfigError(
+            f"model.batch_norm_eps must be >= 0 and below 1, got {config.batch_norm_eps}"
+        )
+    if config.backbone not in BOTTLENECKS:
+        for name, usual in (("stride_in", "3x3"), ("deformable_stages", ())):
+            if getattr(config, name) != usual:
+                raise ConfigError(
+                    f"model.{name} must be {usual!r} for {config.backbone}, whose blocks are no "
+                    f"bottlenecks, got {getattr(config, name)!r}"
+                )
+    if not set(config.deformable_stages) <= {1, 2, 3, 4}:
+        raise ConfigError(
+            f"model.deformable_stages must lie in 1..4, got {config.deformable_stages}"
+        )
+    if config.deformable_interval < 1:
+        raise ConfigError(
+            f"model.deformable_interval must be >= 1, got {config.deformable_interval}"
+        )
     if not 0 < config.prior_probability < 1:
         raise ConfigError(
             f"model.prior_probability must lie between 0 and 1, got {config.prior_probability}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 import fcos_ext
@@ -53,6 +54,7 @@ def postprocess(
         topk_candidates=config.topk_candidates,
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
+        clip=config.clip == "before_nms",
         locations=model.locations,
         keep_empty=config.keep_empty,
         overlaps=config.overlaps,
@@ -67,4 +69,22 @@ def postprocess(
         original_sizes=original_sizes.to(device, non_blocking=True),
         padded_size=(finest[2] * stride, finest[3] * stride),
     )
-    return PaddedDetections(found.boxes, found.scores, found.labels, found.counts)
+    padded = PaddedDetections(found.boxes, found.scores, found.labels, found.counts)
+    if config.clip == "after_nms":
+        padded = _clip(padded, original_sizes.to(device, non_blocking=True))
+    return padded
+
+
+def _clip(found: PaddedDetections, sizes: Tensor) -> PaddedDetections:
+    """Boxes cut off at the border of the images; those that lie beyond become padding."""
+    limit = sizes.to(found.boxes).flip(-1).repeat(1, 2).unsqueeze(1)  # [N, 1, (w, h, w, h)]
+    boxes = found.boxes.clamp(min=0).minimum(limit)
+    kept = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    order = torch.argsort(~kept, dim=1, stable=True)
+    kept = kept.gather(1, order)
+    return PaddedDetections(
+        (boxes.gather(1, order.unsqueeze(-1).expand_as(boxes)) * kept.unsqueeze(-1)),
+        found.scores.gather(1, order) * kept,
+        found.labels.gather(1, order).where(kept, -1),
+        kept.sum(dim=1),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,15 @@ def write_start(folder: Path, config: Config, dataset: CocoDataset, device: torc
 
 def draw_training_batch(folder: Path, batch: Batch, dataset: CocoDataset, config: Config) -> None:
     """train_batch.jpg: the first batch, augmented as the network sees it."""
-    picture = draw_batch(batch, dataset.class_names, config.data.mean, config.data.std)
+    data = config.data
+    mean, std = ([v / data.pixel_range for v in values] for values in (data.mean, data.std))
+    if data.color_order == "bgr":
+        batch, mean, std = (
+            dataclasses.replace(batch, images=batch.images.flip(1)),
+            mean[::-1],
+            std[::-1],
+        )
+    picture = draw_batch(batch, dataset.class_names, mean, std)
     picture.save(folder / "train_batch.jpg")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other FCOS implementations: one module for each family."""
+"""Checkpoints of other FCOS code bases, read and written."""

@@ -1,7 +1,7 @@
-"""What goes wrong with foreign checkpoints."""
+"""What goes wrong with a foreign checkpoint."""
 
 from __future__ import annotations
 
 
 class ConvertError(ValueError):
-    """A foreign checkpoint is of no known kind, or has not exactly the weights it should have."""
+    """A file is no checkpoint that is known here, is damaged, or does not fit its own layout."""

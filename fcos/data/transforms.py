@@ -137,7 +137,20 @@ def _pipeline(
 
 
 def _normalize(config: DataConfig) -> list[v2.Transform]:
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    if config.resize == "torchvision":
+    # of the file's uint8 values, scale makes 0..1
+    to_float = v2.ToDtype(torch.float32, scale=config.pixel_range == 1)
+    if config.resize == "torchvision" and config.pixel_range == 1:
         to_float = _Divide()
-    return [to_float, v2.Normalize(config.mean, config.std)]
+    steps: list[v2.Transform] = [to_float]
+    if config.color_order == "bgr":
+        steps.append(ReverseChannels())
+    return [*steps, v2.Normalize(config.mean, config.std)]
+
+
+class ReverseChannels(v2.Transform):
+    """RGB to BGR."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(inpt.flip(-3), like=inpt)

@@ -4,12 +4,14 @@ import math
 
 import pytest
 
-from fcos.config import Config
-from fcos.presets import PRESETS, improved, paper, tiny, torchvision
+from fcos.config import Config, ConfigError
+from fcos.dialects import torchvision
+from fcos.limits import check
+from fcos.presets import PRESETS, improved, paper, tiny
 
 
 def test_names() -> None:
-    assert list(PRESETS) == ["improved", "paper", "tiny", "torchvision"]
+    assert list(PRESETS)[:3] == ["improved", "paper", "tiny"]
     assert all(isinstance(preset(), Config) and preset.__doc__ for preset in PRESETS.values())
 
 
@@ -63,3 +65,20 @@ def test_tiny_needs_no_download() -> None:
     model = tiny().model
     assert model.backbone_weights == "none"
     assert not model.frozen_batch_norm and not model.frozen_stages
+
+
+def test_dialects_read_pictures_as_caffe_did() -> None:
+    for name in PRESETS.keys() - {"improved", "paper", "tiny", "torchvision"}:
+        data = PRESETS[name]().data
+        assert (data.color_order, data.pixel_range, data.std) == ("bgr", 255, (1, 1, 1)), name
+        assert PRESETS[name]().model.stride_in == "1x1", name
+        # the ImageNet weights of torchvision know nothing of that
+        with pytest.raises(ConfigError, match="data.color_order is bgr"):
+            check(PRESETS[name]())
+
+
+def test_mmdet_is_the_original_but_for_its_own_choices() -> None:
+    a, b = PRESETS["original"](), PRESETS["mmdet"]()
+    differ = {name for name in vars(a.model) if getattr(a.model, name) != getattr(b.model, name)}
+    assert differ == {"tower_bias", "batch_norm_eps"}
+    assert a.data == b.data and b.postprocess.score == "product"

@@ -1,0 +1,124 @@
+"""facebookresearch/detectron2: its FCOS, to and from; ``.pth``, or ``.pkl`` of numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fcos import dialects
+from fcos.config import Config, DataConfig
+
+from .errors import ConvertError
+from .infer import infer
+from .names import Names, TowerNames
+from .translate import from_ours as translate_back
+from .translate import to_ours as translate
+
+NAME = "detectron2"
+NAMES = Names(
+    stem_conv="backbone.bottom_up.stem.conv1",
+    stem_norm="backbone.bottom_up.stem.conv1.norm",
+    conv="backbone.bottom_up.res{stage}.{block}.conv{i}",
+    norm="backbone.bottom_up.res{stage}.{block}.conv{i}.norm",
+    shortcut_conv="backbone.bottom_up.res{stage}.{block}.shortcut",
+    shortcut_norm="backbone.bottom_up.res{stage}.{block}.shortcut.norm",
+    deformable_conv="backbone.bottom_up.res{stage}.{block}.conv2",
+    deformable_offset="backbone.bottom_up.res{stage}.{block}.conv2_offset",
+    laterals=("backbone.fpn_lateral3", "backbone.fpn_lateral4", "backbone.fpn_lateral5"),
+    outputs=("backbone.fpn_output3", "backbone.fpn_output4", "backbone.fpn_output5"),
+    extras=("backbone.top_block.p6", "backbone.top_block.p7"),
+    cls_tower=TowerNames("head.cls_subnet.{conv}", "head.cls_subnet.{norm}", "", ""),
+    box_tower=TowerNames("head.bbox_subnet.{conv}", "head.bbox_subnet.{norm}", "", ""),
+    cls_logits="head.cls_score",
+    ltrb="head.bbox_pred",
+    centerness="head.ctrness",
+    first_stage=2,
+)
+IGNORED = ("pixel_mean", "pixel_std", "anchor_generator.")
+# By a key that no other backbone has.
+_OTHER_BACKBONES = {
+    "backbone.bottom_up.base_layer.0.weight": "DLA",
+    "backbone.bottom_up.stem.stem_1/conv.weight": "VoVNet",
+}
+
+
+def recognises(keys: Collection[str]) -> bool:
+    """Whether a checkpoint has these keys."""
+    return {"head.cls_score.weight", "head.ctrness.weight", "backbone.fpn_lateral3.weight"} <= set(
+        keys
+    )
+
+
+def config(state: Mapping[str, Tensor]) -> Config:
+    """The settings that go with the weights."""
+    check_backbone(state)
+    preset = dialects.detectron2()
+    model = infer(state, NAMES, preset.model)
+    if "resnext" in model.backbone:
+        model = replace(model, stride_in="3x3")
+    return replace(preset, model=model, data=pixel_statistics(state, preset.data))
+
+
+def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Our state dict, and the keys left out. Raises ConvertError if one does not fit."""
+    return translate(state, NAMES, config(state).model, IGNORED)
+
+
+def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """What detectron2's FCOS loads. Its configuration must say the rest: where the ResNet strides,
+    the mean and deviation of the pixels, and their order.
+
+    Raises:
+        ConvertError: its FCOS has no such network.
+    """
+    model = config.model
+    for name, needed in (
+        ("activation", "relu"),
+        ("normalize_ltrb", True),
+        ("centerness_branch", "box"),
+        ("trainable_scales", False),
+        ("tower_norm", "group"),
+        ("tower_bias", True),
+        ("tower_deformable", False),
+        ("shared_tower_convs", 0),
+        ("batch_norm_eps", 1e-5),
+    ):
+        if getattr(model, name) != needed:
+            raise ConvertError(
+                f"detectron2's FCOS needs model.{name} {needed!r}, got {getattr(model, name)!r}"
+            )
+    if not model.backbone.startswith("resne") or model.backbone == "resnet10_half":
+        raise ConvertError(f"detectron2 has no {model.backbone}")
+    if len(model.strides) > 5:
+        raise ConvertError(f"detectron2's pyramid has no strides beyond 128, got {model.strides}")
+    return translate_back(state, NAMES, model)
+
+
+def check_backbone(state: Collection[str]) -> None:
+    """Raises ConvertError for backbones that this project does not have."""
+    for key, name in _OTHER_BACKBONES.items():
+        if key in state:
+            raise ConvertError(f"has a {name} backbone, which this project does not have")
+
+
+def pixel_statistics(state: Mapping[str, Tensor], data: DataConfig) -> DataConfig:
+    """The mean and deviation that the checkpoint itself holds, if it does."""
+    return replace(
+        data,
+        mean=_three_numbers(state, "pixel_mean", data.mean),
+        std=_three_numbers(state, "pixel_std", data.std),
+    )
+
+
+def _three_numbers(
+    state: Mapping[str, Tensor], key: str, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    if key not in state or state[key].is_meta:
+        return default
+    if state[key].numel() != 3:
+        raise ConvertError(f"{key} must be three numbers, got {state[key].numel()}")
+    # as they were written, 103.53, and not as the nearest float32
+    first, second, third = (float(str(value)) for value in state[key].float().flatten().numpy())
+    return first, second, third

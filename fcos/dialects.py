@@ -1,0 +1,172 @@
+"""Settings under which other code bases trained and measured FCOS.
+
+Detectors that were converted from their checkpoints carry these. To train with one of them, give it
+the backbone weights that it was trained from (``model.backbone_weights``): those of torchvision
+expect RGB in 0..1, and halve the resolution in their 3x3 convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from .config import Config, DataConfig, LossConfig, ModelConfig, PostprocessConfig, TrainConfig
+
+Colors = tuple[float, float, float]
+
+# Means of Caffe's ImageNet models, and the rounded ones that others took over; BGR in 0..255.
+_CAFFE_MEAN: Colors = (102.9801, 115.9465, 122.7717)
+_IMAGENET_MEAN: Colors = (103.53, 116.28, 123.675)
+_SHORTER_SIDES = (640, 672, 704, 736, 768, 800)
+
+
+def original() -> Config:
+    """tianzhi0549/FCOS: ResNet-50 of MSRA, distances in pixels, exp, centerness on the class tower.
+
+    Published: 37.1 AP on COCO minival after 90,000 iterations of 16 images (R-101 41.4,
+    X-101-32x8d 42.5, X-101-64x4d 43.0 after twice as many; MobileNetV2 33.1, with 128 channels
+    30.9). Differs in this project: there sizes are rounded down when resizing, boxes are cut off
+    one pixel before the border, and widths have 1 added in NMS and in the loss.
+    """
+    model = ModelConfig(
+        stride_in="1x1",
+        batch_norm_eps=0.0,
+        activation="exp",
+        normalize_ltrb=False,
+        centerness_branch="cls",
+        center_sampling_radius=0.0,
+    )
+    return Config(model=model, loss=LossConfig(box_loss="iou"), data=_bgr(_CAFFE_MEAN))
+
+
+def original_imprv() -> Config:
+    """tianzhi0549/FCOS with its improvements: center sampling, strides as unit, relu, GIoU.
+
+    Published: 38.7 AP on COCO minival with ResNet-50 (R-101 43.0, X-101-32x8d 44.0, X-101-64x4d
+    44.7; with deformable convolutions 42.3, 45.6, 46.4 and 46.6). Differences as in ``original``.
+    """
+    config = original()
+    model = replace(
+        config.model,
+        activation="relu",
+        normalize_ltrb=True,
+        centerness_branch="box",
+        center_sampling_radius=1.5,
+    )
+    return replace(config, model=model, loss=LossConfig(box_loss="giou"))
+
+
+def adelaidet() -> Config:
+    """aim-uofa/AdelaiDet, FCOS-Detection: boxes are cut off at the border after NMS.
+
+    Published: 38.7 AP on COCO val2017 with R_50_1x (MS_R_50_2x 41.0, MS_R_101_2x 43.1,
+    MS_X_101_32x8d_2x 43.9, MS_X_101_64x4d_2x 44.7, with deformable convolutions 46.6). Of the
+    variants whose centerness learned the IoU (39.4, 41.5, 43.5, 44.5, 47.4), all else is the same.
+    """
+    return Config(
+        model=ModelConfig(stride_in="1x1"),
+        postprocess=PostprocessConfig(clip="after_nms"),
+        data=_bgr(_IMAGENET_MEAN),
+        train=TrainConfig(warmup="linear", warmup_iterations=1000, warmup_factor=0.001),
+    )
+
+
+def adelaidet_rt() -> Config:
+    """AdelaiDet's real-time models: P3 to P5 alone, pictures of 512 x 736.
+
+    Published: 40.2 AP on COCO val2017 with R-50 after 360,000 iterations, 39.3 with batch norm in
+    the head. Those with DLA-34 have a backbone that is not here.
+    """
+    config = adelaidet()
+    model = replace(
+        config.model, strides=(8, 16, 32), size_ranges=((0, 64), (64, 128), (128, math.inf))
+    )
+    data = replace(config.data, min_sizes=(*range(256, 609, 32), 512), max_size=736)
+    train = replace(config.train, iterations=360_000, milestones=(300 / 360, 340 / 360))
+    return replace(config, model=model, data=data, train=train)
+
+
+def detectron2() -> Config:
+    """facebookresearch/detectron2's FCOS: no trainable scales, size ranges without their ends.
+
+    It publishes neither weights nor AP. Differs in this project: there the threshold, 0.2, is on
+    the final score; here 0.04 on the class score, below which no final score can reach 0.2. There
+    the box loss is not weighted by centerness.
+    """
+    return Config(
+        model=ModelConfig(stride_in="1x1", boundary="strict", trainable_scales=False),
+        postprocess=PostprocessConfig(score_threshold=0.04, clip="after_nms"),
+        data=replace(_bgr(_IMAGENET_MEAN), min_sizes=_SHORTER_SIDES),
+        train=TrainConfig(warmup="linear", warmup_iterations=1000, warmup_factor=0.001),
+    )
+
+
+def mmdet() -> Config:
+    """open-mmlab/mmdetection's plain FCOS: as ``original``, no bias in the towers, no square root.
+
+    Published: 36.6 AP on COCO val2017 with R-50 caffe 1x (R-101 39.1; multi-scale 2x 38.5 and 40.8;
+    X-101-64x4d multi-scale 2x 42.6). Differs in this project: there the best candidates of a level
+    are chosen by class score alone, and pictures are resized by OpenCV, without antialiasing.
+    """
+    config = original()
+    return replace(
+        config,
+        model=replace(config.model, tower_bias=False, batch_norm_eps=1e-5),
+        postprocess=PostprocessConfig(score="product", iou_threshold=0.5),
+        train=TrainConfig(clip_gradient_norm=35.0),
+    )
+
+
+def mmdet_tricks() -> Config:
+    """mmdetection's FCOS with center sampling, strides as unit, centerness on the box tower, GIoU.
+
+    Published: 38.7 AP on COCO val2017 with R-50 caffe 1x, 42.3 with deformable convolutions.
+    Differences as in ``mmdet``.
+    """
+    config = original_imprv()
+    return replace(
+        config,
+        model=replace(config.model, batch_norm_eps=1e-5),
+        postprocess=PostprocessConfig(score="product"),
+        data=_bgr(_IMAGENET_MEAN),
+        train=TrainConfig(warmup="linear"),
+    )
+
+
+def torchvision() -> Config:
+    """torchvision's ``fcos_resnet50_fpn``: its network, losses, images and detections.
+
+    With the same weights and images, float32 results are torchvision's but for rounding. What
+    differs from ``improved``: no scales, locations from 0 on a grid that follows the padding, size
+    ranges without their ends, ties by float32 arithmetic, box losses without weights, normalisers
+    of each process, images resized without antialiasing after normalisation, and a threshold of
+    0.2 on the final score.
+
+    torchvision publishes 39.2 AP on COCO val2017 for 26 epochs on 8 GPUs, two images each:
+    ``fcos train torchvision --data.train-annotations ANN.json``. Its own run used float16 autocast
+    and weight decay on norms and biases too; the classes are here those of the annotations,
+    without the 11 outputs of its 91 that stand for nothing.
+    """
+    model = ModelConfig(
+        boundary="strict",
+        ties="torchvision",
+        locations="torchvision",
+        trainable_scales=False,
+    )
+    loss = LossConfig(box_weights="none", normalizer="local")
+    postprocess = PostprocessConfig(
+        score_threshold=0.2, threshold_on="final", keep_empty=True, overlaps="torchvision"
+    )
+    data = DataConfig(resize="torchvision")
+    train = TrainConfig(
+        iterations=190_560,  # 26 times the 117,266 images that have boxes
+        warmup="linear",
+        warmup_iterations=1000,
+        warmup_factor=0.001,
+        milestones=(16 / 26, 22 / 26),
+    )
+    return Config(model=model, loss=loss, postprocess=postprocess, data=data, train=train)
+
+
+def _bgr(mean: Colors) -> DataConfig:
+    return DataConfig(color_order="bgr", pixel_range=255, mean=mean, std=(1.0, 1.0, 1.0))

@@ -1,0 +1,320 @@
+"""Checkpoints of every known layout are converted whole, each tensor to its place."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_checkpoints import Checkpoint, Layout, build
+
+from fcos.checkpoint import load_weights
+from fcos.convert.conversion import Converted, convert_weights, write_back
+from fcos.convert.errors import ConvertError
+from fcos.convert.reading import ForeignFile
+from fcos.model import FCOS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+X101_32X8D: dict[str, Any] = {"depth": 101, "groups": 32, "group_width": 8}
+X101_64X4D: dict[str, Any] = {"depth": 101, "groups": 64, "group_width": 4}
+BGR = (102.9801, 115.9465, 122.7717)
+D2 = (103.53, 116.28, 123.675)
+RGB = (123.675, 116.28, 103.53)
+
+ORIGINAL = Layout("original")
+IMPRV = replace(ORIGINAL, dcn_stages=(2, 3, 4), dcn_tower=True)
+ADELAIDET = Layout("adelaidet")
+DETECTRON2 = Layout("detectron2", scales=False)
+MMDET = Layout("mmdet", bias=False)
+
+#: File name, layout, and what the converted settings must say; "model." where nothing is said.
+PLAIN = {"activation": "exp", "normalize_ltrb": False, "centerness_branch": "cls"}
+IMPROVED = {"activation": "relu", "normalize_ltrb": True, "centerness_branch": "box"}
+CASES: dict[str, tuple[str, Layout, dict[str, Any]]] = {
+    "original": (
+        "FCOS_R_50_FPN_1x.pth",
+        ORIGINAL,
+        {**PLAIN, "stride_in": "1x1", "batch_norm_eps": 0.0, "data.mean": BGR},
+    ),
+    "original R-101": (
+        "FCOS_R_101_FPN_2x.pth",
+        replace(ORIGINAL, depth=101),
+        {**PLAIN, "backbone": "resnet101", "stride_in": "1x1"},
+    ),
+    "original X-101-32x8d": (
+        "fcos_X_101_32x8d_FPN_2x.pth",
+        replace(ORIGINAL, **X101_32X8D),
+        {**PLAIN, "backbone": "resnext101_32x8d", "stride_in": "3x3", "data.std": (1, 1, 1)},
+    ),
+    "imprv": (
+        "FCOS_imprv_R_50_FPN_1x.pth",
+        ORIGINAL,
+        {**IMPROVED, "batch_norm_eps": 0.0, "data.mean": BGR, "data.color_order": "bgr"},
+    ),
+    "imprv dcnv2": (
+        "any.pth",
+        IMPRV,
+        {**IMPROVED, "deformable_stages": (2, 3, 4), "tower_deformable": True},
+    ),
+    "imprv dcnv2 X-101-64x4d": (
+        "any.pth",
+        replace(ORIGINAL, dcn_stages=(3, 4), dcn_tower=True, **X101_64X4D),
+        {**IMPROVED, "backbone": "resnext101_64x4d", "deformable_stages": (3, 4)},
+    ),
+    "original MobileNetV2": (
+        "FCOS_bn_bs16_MNV2_FPN_1x.pth",
+        replace(ORIGINAL, mobilenet=True),
+        {**PLAIN, "backbone": "mobilenet_v2", "stride_in": "3x3", "batch_norm_eps": 1e-5},
+    ),
+    "original MobileNetV2 c128": (
+        "FCOS_syncbn_bs32_c128_MNV2_FPN_1x.pth",
+        replace(ORIGINAL, mobilenet=True, channels=128),
+        {**PLAIN, "fpn_channels": 128},
+    ),
+    "original C5": ("FCOS_c5.pth", replace(ORIGINAL, c5=True), {"p6_source": "c5"}),
+    "adelaidet": (
+        "FCOS_R_50_1x.pth",
+        ADELAIDET,
+        {**IMPROVED, "stride_in": "1x1", "data.mean": D2, "postprocess.clip": "after_nms"},
+    ),
+    "adelaidet X-101-32x8d": (
+        "any.pth",
+        replace(ADELAIDET, dcn_stages=(3, 4), dcn_tower=True, **X101_32X8D),
+        {"stride_in": "3x3", "data.std": (57.375, 57.12, 58.395)},
+    ),
+    "adelaidet X-101-64x4d": (
+        "any.pth",
+        replace(ADELAIDET, **X101_64X4D),
+        {"stride_in": "3x3", "data.std": (1, 1, 1)},
+    ),
+    "adelaidet interval": (
+        "any.pth",
+        replace(ADELAIDET, depth=101, dcn_stages=(2, 3), dcn_interval=3),
+        {"deformable_stages": (2, 3), "deformable_interval": 3},
+    ),
+    "adelaidet RT": (
+        "any.pth",
+        replace(ADELAIDET, levels=3),
+        {"strides": (8, 16, 32), "data.max_size": 736, "tower_norm": "group"},
+    ),
+    "adelaidet RT BN": (
+        "any.pth",
+        replace(ADELAIDET, levels=3, norm="bn"),
+        {"tower_norm": "level_batch", "shared_tower_convs": 0},
+    ),
+    "adelaidet RT shared towers": (
+        "any.pth",
+        replace(ADELAIDET, levels=3, shared=4, tower=0),
+        {"tower_norm": "group", "shared_tower_convs": 4, "tower_convs": 0},
+    ),
+    "adelaidet RT shared towers BN": (
+        "any.pth",
+        replace(ADELAIDET, levels=3, shared=4, tower=0, norm="bn"),
+        {"tower_norm": "level_batch", "shared_tower_convs": 4, "tower_bias": True},
+    ),
+    "adelaidet no norm, no scales": (
+        "any.pth",
+        replace(ADELAIDET, norm="none", scales=False, tower=2),
+        {"tower_norm": "none", "trainable_scales": False, "tower_convs": 2},
+    ),
+    "detectron2": (
+        "any.pth",
+        DETECTRON2,
+        {**IMPROVED, "trainable_scales": False, "boundary": "strict", "batch_norm_eps": 1e-5},
+    ),
+    "detectron2, no bias": ("any.pth", replace(DETECTRON2, bias=False), {"tower_bias": False}),
+    "mmdet": (
+        "any.pth",
+        MMDET,
+        {**PLAIN, "tower_bias": False, "data.mean": BGR, "stride_in": "1x1",
+         "batch_norm_eps": 1e-5, "postprocess.score": "product", "postprocess.iou_threshold": 0.5},
+    ),
+    "mmdet old": ("any.pth", replace(MMDET, old=True), PLAIN),
+    "mmdet tricks": (
+        "any.pth",
+        replace(MMDET, bias=True),
+        {**IMPROVED, "tower_bias": True, "data.mean": D2, "postprocess.iou_threshold": 0.6},
+    ),
+    "mmdet tricks DCN": (
+        "any.pth",
+        replace(MMDET, bias=True, dcn_stages=(2, 3, 4), dcn_tower=True),
+        {**IMPROVED, "deformable_stages": (2, 3, 4), "tower_deformable": True},
+    ),
+    "mmdet tricks DCN old": (
+        "any.pth",
+        replace(MMDET, bias=True, dcn_stages=(2, 3, 4), dcn_tower=True, old=True),
+        {"deformable_stages": (2, 3, 4), "tower_deformable": True},
+    ),
+    "mmdet R-101": ("any.pth", replace(MMDET, depth=101), {**PLAIN, "backbone": "resnet101"}),
+    "mmdet X-101-64x4d": (
+        "any.pth",
+        replace(MMDET, **X101_64X4D),
+        {**PLAIN, "stride_in": "3x3", "data.mean": RGB, "data.color_order": "rgb"},
+    ),
+    "mmdet R-18 LSJ": (
+        "any.pth",
+        replace(MMDET, depth=18, bias=True),
+        {**IMPROVED, "backbone": "resnet18", "data.pixel_range": 255},
+    ),
+    "mmdet BN head": ("any.pth", replace(MMDET, norm="bn"), {"tower_norm": "batch"}),
+}  # fmt: skip
+
+
+def converted(checkpoint: Checkpoint, name: str = "any.pth", source: str = "auto") -> Converted:
+    return convert_weights(ForeignFile(checkpoint.state, ()), Path(name), source)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_finds_its_place(case: str) -> None:
+    name, layout, expected = CASES[case]
+    checkpoint = build(layout)
+    result = converted(checkpoint, name)
+    assert result.family.startswith(layout.family) and result.ignored == []
+
+    with torch.device("meta"):
+        network = FCOS(result.config.model, pretrained_backbone=False)
+    load_weights(network, {k: v.to("meta") for k, v in result.state.items()}, case)
+    # every tensor holds a number of its own
+    number = {key: tensor.flatten()[0].item() for key, tensor in checkpoint.state.items()}
+    found = {key: tensor.flatten()[0].item() for key, tensor in result.state.items()}
+    for role, theirs in checkpoint.roles.items():
+        assert found.pop(role) == number[theirs], f"{role} is not {theirs}"
+    if layout.scales:
+        assert result.state["head.scales"].tolist() == [number[key] for key in checkpoint.scales]
+        found.pop("head.scales")
+    assert all(key.endswith("num_batches_tracked") for key in found), found
+
+    for setting, value in expected.items():
+        section, _, setting = setting.rpartition(".")
+        actual = getattr(getattr(result.config, section or "model"), setting)
+        assert actual == value, f"{setting} is {actual}"
+    assert len(result.config.model.size_ranges) == layout.levels
+    assert result.class_names[:2] == ("person", "bicycle") and result.category_ids[-1] == 90
+
+
+def test_left_out_on_purpose() -> None:
+    checkpoint = build(ADELAIDET)
+    statistics = {
+        "pixel_mean": torch.tensor(D2).view(3, 1, 1),
+        "pixel_std": torch.tensor((57.375, 57.12, 58.395)).view(3, 1, 1),
+    }
+    counter = {"backbone.bottom_up.stem.conv1.norm.num_batches_tracked": torch.tensor(3)}
+    anchors = {"proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(1, 4)}
+    checkpoint.state.update({**statistics, **counter, **anchors})
+    result = converted(checkpoint)
+    assert set(result.ignored) == {*statistics, *counter, *anchors}
+    # and what they say is used
+    assert result.config.data.std == (57.375, 57.12, 58.395)
+    assert result.config.data.mean == D2
+
+
+def test_everything_that_does_not_fit_is_listed() -> None:
+    checkpoint = build(DETECTRON2)
+    for key in ("head.ctrness.bias", "backbone.bottom_up.res3.1.conv2.norm.running_var"):
+        del checkpoint.state[key]
+    checkpoint.state["head.extra.weight"] = torch.zeros(1)
+    checkpoint.state["head.bbox_pred.bias"] = torch.zeros(5)
+    with pytest.raises(ConvertError) as caught:
+        converted(checkpoint)
+    for part in (
+        "any.pth: 4 keys do not fit resnet50",
+        "missing head.ctrness.bias",
+        "missing backbone.bottom_up.res3.1.conv2.norm.running_var",
+        "unknown head.extra.weight",
+        "head.bbox_pred.bias has shape (5,), not (4,)",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        (ORIGINAL, {}, "give --source original or --source original-imprv"),
+        (IMPRV, {"rpn.head.scales.1.scale": (2,)}, "scales.1.scale has"),
+        (MMDET, {"bbox_head.scales.4.scale": None}, "missing bbox_head.scales.4.scale"),
+        (MMDET, {"bbox_head.conv_cls.bias": (91,)}, r"shape \(91,\), not \(80,\)"),
+        (replace(MMDET, classes=91), {}, "has 91 outputs, and not COCO's 80 classes"),
+        (MMDET, {"bbox_head.conv_cls.weight": (80,)}, "must be the weight of a convolution"),
+        (MMDET, {"backbone.layer3.5.conv1.weight": None}, r"stages of \(3, 4, 5, 3\) blocks"),
+        (MMDET, {"backbone.stage2.0.weight": (1,)}, "has an HRNet backbone"),
+        (ADELAIDET, {"backbone.bottom_up.base_layer.0.weight": (1,)}, "has a DLA backbone"),
+        (ADELAIDET, {"backbone.bottom_up.stem.stem_1/conv.weight": (1,)}, "has a VoVNet backbone"),
+        (MMDET, {"neck.lateral_convs.2.conv.weight": (48, 2048, 1, 1)}, "impossible network"),
+        (DETECTRON2, {"pixel_mean": (4,)}, "pixel_mean must be three numbers, got 4"),
+        (
+            replace(ADELAIDET, dcn_stages=(2,)),
+            {"backbone.bottom_up.res3.2.conv2_offset.weight": None},
+            "deformable blocks .* out of order",
+        ),
+    ],
+)  # fmt: skip
+def test_refused(layout: Layout, change: dict[str, Any], message: str) -> None:
+    checkpoint = build(layout)
+    for key, shape in change.items():
+        if shape is None:
+            del checkpoint.state[key]
+        else:
+            checkpoint.state[key] = torch.zeros(shape)
+    with pytest.raises(ConvertError, match=f"any.pth: .*{message}"):
+        converted(checkpoint)
+
+
+def test_other_networks() -> None:
+    retinanet = build(DETECTRON2)
+    for part in ("weight", "bias"):
+        del retinanet.state[f"head.ctrness.{part}"]
+    with pytest.raises(ConvertError, match="not from a known FCOS .*named backbone"):
+        converted(retinanet)
+    keys = ("head.center_pred.weight", "head.cls_pred.weight")
+    rosinality = Checkpoint(torch.zeros, state={key: torch.zeros(1) for key in keys})
+    with pytest.raises(ConvertError, match="has a VoVNet backbone"):
+        converted(rosinality)
+    with pytest.raises(ConvertError, match=r"got original-improv; did you mean original-imprv\?"):
+        converted(retinanet, source="original-improv")
+    with pytest.raises(ConvertError, match="lacks neck.lateral_convs.2.conv.weight"):
+        converted(retinanet, source="mmdet")
+
+
+def test_source_decides_where_the_weights_do_not() -> None:
+    checkpoint = build(ORIGINAL)
+    assert converted(checkpoint, source="original").config.model.activation == "exp"
+    assert converted(checkpoint, source="original-imprv").config.model.activation == "relu"
+
+
+def test_class_names() -> None:
+    checkpoint = build(replace(MMDET, classes=3))
+    path = Path("any.pth")
+    result = convert_weights(ForeignFile(checkpoint.state, ("a", "b", "c")), path)
+    assert (result.class_names, result.category_ids) == (("a", "b", "c"), (1, 2, 3))
+    result = convert_weights(ForeignFile(checkpoint.state, ("a", "b")), path)
+    assert result.class_names == ("class 1", "class 2", "class 3")
+    result = convert_weights(ForeignFile(checkpoint.state, ()), path, class_names="xyz")
+    assert result.class_names == ("x", "y", "z")
+    with pytest.raises(ConvertError, match="has 3 classes, but 2 names were given"):
+        convert_weights(ForeignFile(checkpoint.state, ()), path, class_names="xy")
+
+
+@pytest.mark.parametrize("layout", [DETECTRON2, replace(DETECTRON2, **X101_64X4D)])
+def test_detectron2_and_back(layout: Layout) -> None:
+    checkpoint = build(layout)
+    result = converted(checkpoint)
+    back = write_back("detectron2", result.state, result.config, Path("any.pt"))
+    assert back.keys() == checkpoint.state.keys()
+    for key, tensor in checkpoint.state.items():
+        assert back[key].shape == tensor.shape and back[key].flatten()[0] == tensor.flatten()[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (MMDET, "needs model.activation 'relu', got 'exp'"),
+        (replace(ADELAIDET), "needs model.trainable_scales False, got True"),
+        (replace(ADELAIDET, scales=False, norm="bn"), "needs model.tower_norm 'group'"),
+        (replace(DETECTRON2, bias=False), "needs model.tower_bias True"),
+    ],
+)
+def test_no_way_back(layout: Layout, message: str) -> None:
+    result = converted(build(layout))
+    with pytest.raises(ConvertError, match=f"any.pt: detectron2's FCOS {message}"):
+        write_back("detectron2", result.state, result.config, Path("any.pt"))
