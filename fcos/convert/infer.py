@@ -35,8 +35,8 @@ def infer(state: State, names: Names, base: ModelConfig) -> ModelConfig:
     Raises:
         ConvertError: it has another network than those of this project.
     """
-    backbone = _backbone(state, names)
     lateral = _shape(state, f"{names.laterals[2]}.weight")
+    backbone = _backbone(state, names)
     extras = [name for name in names.extras if f"{name}.weight" in state]
     c5 = bool(extras) and _shape(state, f"{extras[0]}.weight")[1] == lateral[1] != lateral[0]
     levels = 3 + len(extras)
