@@ -60,8 +60,6 @@ def config(state: Mapping[str, Tensor]) -> Config:
     real_time = f"{NAMES.extras[0]}.weight" not in state
     preset = dialects.adelaidet_rt() if real_time else dialects.adelaidet()
     model, data = infer(state, NAMES, preset.model), preset.data
-    if "resnext" in model.backbone:
-        model = replace(model, stride_in="3x3")
     if model.backbone == "resnext101_32x8d":
         data = replace(data, std=_STD_32X8D)
     return replace(preset, model=model, data=pixel_statistics(state, data))

@@ -70,7 +70,7 @@ def _from_ours(options: ConvertOptions, output: Path) -> None:
 
     from .conversion import load_any, write_back
 
-    content = load_any(options.weights)
+    content = load_any(options.weights, options.source)
     state = write_back(options.to, content["model"], content["config"], options.weights)
     save_plain(output, {"model": state})
     print(f"{len(state)} tensors written to {output}, for {options.to}, to be configured with:")

@@ -78,8 +78,12 @@ def convert_weights(
     return Converted(family.NAME, config, names, ids, state, ignored)
 
 
-def load_any(path: Path) -> dict[str, Any]:
+def load_any(path: Path, source: str = "auto") -> dict[str, Any]:
     """Content of a checkpoint of this project or of another one, as of ``load_checkpoint``.
+
+    Args:
+        path: of any kind that there is.
+        source: the code base of a foreign one.
 
     Raises:
         CheckpointError: the file is missing, damaged, or no such thing.
@@ -89,8 +93,8 @@ def load_any(path: Path) -> dict[str, Any]:
             content = read_plain(path)
             if is_ours(content) or not _has_weights(content):
                 return check_content(content, path)
-            return convert_weights(parse(content, path), path).content()
-        return convert(path).content()
+            return convert_weights(parse(content, path), path, source).content()
+        return convert(path, source).content()
     except ConvertError as error:
         raise CheckpointError(str(error)) from error
 

@@ -56,8 +56,6 @@ def config(state: Mapping[str, Tensor]) -> Config:
     check_backbone(state)
     preset = dialects.detectron2()
     model = infer(state, NAMES, preset.model)
-    if "resnext" in model.backbone:
-        model = replace(model, stride_in="3x3")
     return replace(preset, model=model, data=pixel_statistics(state, preset.data))
 
 

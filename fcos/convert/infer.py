@@ -36,6 +36,7 @@ def infer(state: State, names: Names, base: ModelConfig) -> ModelConfig:
         ConvertError: it has another network than those of this project.
     """
     lateral = _shape(state, f"{names.laterals[2]}.weight")
+    backbone = _backbone(state, names)
     extras = [name for name in names.extras if f"{name}.weight" in state]
     c5 = bool(extras) and _shape(state, f"{extras[0]}.weight")[1] == lateral[1] != lateral[0]
     levels = 3 + len(extras)
@@ -52,7 +53,9 @@ def infer(state: State, names: Names, base: ModelConfig) -> ModelConfig:
     config = replace(
         base,
         num_classes=_shape(state, f"{names.cls_logits}.weight")[0],
-        backbone=_backbone(state, names),
+        backbone=backbone,
+        # whatever others a code base has are PyTorch's
+        stride_in=base.stride_in if backbone in ("resnet50", "resnet101") else "3x3",
         strides=tuple(8 * 2**level for level in range(levels)),
         size_ranges=_size_ranges(base, levels),
         fpn_channels=lateral[0],

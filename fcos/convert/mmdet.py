@@ -75,9 +75,8 @@ def config(state: Mapping[str, Tensor]) -> Config:
     biased = infer(state, names, dialects.mmdet().model).tower_bias
     preset = dialects.mmdet_tricks() if biased else dialects.mmdet()
     model, data = infer(state, names, preset.model), preset.data
-    if "resnext" in model.backbone or model.backbone in ("resnet18", "resnet34"):
+    if model.backbone not in ("resnet50", "resnet101"):
         # those it has from PyTorch, not from Caffe
-        model = replace(model, stride_in="3x3")
         data = replace(
             data, color_order="rgb", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
         )

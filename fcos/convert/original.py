@@ -70,13 +70,10 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def with_network(state: Mapping[str, Tensor], preset: Config) -> Config:
-    """The preset, with the network of the checkpoint. ResNeXts stride in their 3x3 convolutions;
-    MobileNetV2 has PyTorch's batch norms, its epsilon with them."""
+    """The preset, with the network of the checkpoint."""
     model = infer(state, NAMES, preset.model)
-    if "resnext" in model.backbone:
-        model = replace(model, stride_in="3x3")
-    if model.backbone == "mobilenet_v2":
-        model = replace(model, stride_in="3x3", batch_norm_eps=1e-5, frozen_stages=0)
+    if model.backbone == "mobilenet_v2":  # whose batch norms are PyTorch's, and not frozen
+        model = replace(model, batch_norm_eps=1e-5, frozen_stages=0)
     return replace(preset, model=model)
 
 

@@ -97,6 +97,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """How protocol 2 holds bytes that are none."""
+    return b""
+
+
 # numpy.core became numpy._core with numpy 2
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _DType,
@@ -108,6 +113,7 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("collections", "OrderedDict"): OrderedDict,
 }
 

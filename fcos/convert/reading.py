@@ -63,7 +63,9 @@ def parse(content: Any, path: Path) -> ForeignFile:
         if isinstance(value, np.ndarray):
             native = value.astype(value.dtype.newbyteorder("="))
             value = torch.from_numpy(np.array(native, order="C"))
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str):
+            raise ConvertError(f"{path}: weights must have names, got {key!r}")
+        if not isinstance(value, Tensor):
             raise ConvertError(f"{path}: {key!r} is {type(value).__name__}, not a tensor")
         if value.is_floating_point():
             value = value.detach().float()
