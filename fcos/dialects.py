@@ -89,13 +89,15 @@ def adelaidet_rt() -> Config:
 def detectron2() -> Config:
     """facebookresearch/detectron2's FCOS: no trainable scales, size ranges without their ends.
 
-    It publishes neither weights nor AP. Differs in this project: there the threshold, 0.2, is on
-    the final score; here 0.04 on the class score, below which no final score can reach 0.2. There
-    the box loss is not weighted by centerness.
+    Ties by float32 arithmetic, box losses without weights, a moving average of the positives as
+    normaliser, and a threshold of 0.2 on the final score. It publishes neither weights nor AP.
     """
     return Config(
-        model=ModelConfig(stride_in="1x1", boundary="strict", trainable_scales=False),
-        postprocess=PostprocessConfig(score_threshold=0.04, clip="after_nms"),
+        model=ModelConfig(
+            stride_in="1x1", boundary="strict", ties="torchvision", trainable_scales=False
+        ),
+        loss=LossConfig(box_weights="none", normalizer="moving"),
+        postprocess=PostprocessConfig(score_threshold=0.2, threshold_on="final", clip="after_nms"),
         data=replace(_bgr(_IMAGENET_MEAN), min_sizes=_SHORTER_SIDES),
         train=TrainConfig(warmup="linear", warmup_iterations=1000, warmup_factor=0.001),
     )
