@@ -8,6 +8,7 @@ the same head outputs; the network, which both share, does not run.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +51,7 @@ def cases(device: torch.device, quick: bool = False) -> Sequence[Case]:
 
 
 class Inputs:
-    """The model, its anchors and random head outputs."""
+    """The model, its anchors and random head outputs. The device is not used before a case runs."""
 
     def __init__(
         self, device: torch.device, images: int, image_size: tuple[int, int], threads: int | None
@@ -62,11 +63,17 @@ class Inputs:
         torch.manual_seed(0)
         self.ours = AcceleratedFCOS(NoBackbone(), NUM_CLASSES)
         self.theirs = FCOS(NoBackbone(), NUM_CLASSES)
-        sizes = feature_sizes(image_size)
-        self.counts = [height * width for height, width in sizes]
-        features = [torch.zeros(images, 1, *size, device=device) for size in sizes]
-        batch = ImageList(torch.zeros(images, 3, *image_size), [image_size] * images)
-        self.anchors = self.ours.anchor_generator(batch, features)
+        self.counts = [height * width for height, width in feature_sizes(image_size)]
+
+    @functools.cached_property
+    def anchors(self) -> list[Tensor]:
+        """Of each image [L, 4]."""
+        sizes = feature_sizes(self.image_size)
+        features = [torch.zeros(self.images, 1, *size, device=self.device) for size in sizes]
+        padded = torch.zeros(self.images, 3, *self.image_size)
+        batch = ImageList(padded, [self.image_size] * self.images)
+        anchors: list[Tensor] = self.ours.anchor_generator(batch, features)
+        return anchors
 
     def head_outputs(self, seed: int, mean: float) -> tuple[Tensor, ...]:
         """Those of ``OUTPUTS``."""

@@ -21,7 +21,7 @@ from fcos.cuda_graph import GraphedFunction
 from fcos.data.batches import Batch
 from fcos.detector import autocast
 from fcos.distributed import Process
-from fcos.engine import _Training
+from fcos.engine import Training
 from fcos.losses import assign
 from fcos.model import Predictions
 from fcos.recorder import LOSSES
@@ -95,12 +95,12 @@ def _inputs(
     return pixels, boxes.to(device), labels.to(device)
 
 
-def _training(device: torch.device, **switches: bool) -> _Training:
+def _training(device: torch.device, **switches: bool) -> Training:
     """Of random weights, as the command line builds it."""
     torch.manual_seed(0)
     process = Process(0, 1, device)
     config = our_config(device, **switches)
-    training = _Training(config, process, None, None, fresh=False)  # type: ignore[arg-type]
+    training = Training(config, process, None, None, fresh=False)  # type: ignore[arg-type]
     tame(training.network)
     return training
 

@@ -14,24 +14,27 @@
 
 namespace fcos_ext {
 
-// One level of both branches.
+// One level of both branches, or all rows.
 struct BoxLevel {
-  Tensor pred_tensor, centerness_tensor;    // kept alive: [N, 4, H, W] and [N, 1, H, W]
+  Tensor pred_tensor, centerness_tensor;    // kept alive
   LevelRows<const void*> pred, centerness;  // what is read,
   LevelRows<void*> by_pred, by_centerness;  // and, if gradients are made, written
-  int64_t positions;                        // H W
+  int64_t positions;                        // H W, or L
   int64_t first_row;                        // of the level, in the rows of an image
 };
 
 // Everything that a kernel is told. Rows are locations, counted through levels and then images.
 struct BoxCall {
+  // Of target, labels and centerness_target: 2, [N, L]; or, if there is only one image, 1, [L].
+  int64_t batch_dims;
+  bool rows_given;  // and not levels [N, 4, H, W] and [N, 1, H, W]
   std::vector<BoxLevel> levels;
   int64_t images, rows_per_image;
   Tensor pred;                                     // the first level: dtype of the math, device
-  Tensor target_tensor;                            // [N, L, 4]
-  std::optional<Tensor> centerness_target_tensor;  // [N, L]
+  Tensor target_tensor;                            // [N, L, 4] or [L, 4]
+  std::optional<Tensor> centerness_target_tensor;  // [N, L] or [L]
   ConstRows target, centerness_target;  // the last one's data is null if it is to be computed
-  Tensor labels;                        // [N, L]
+  Tensor labels;                        // [N, L] or [L]
   int64_t num_classes;
   std::optional<Tensor> normalizers;  // [2]: number of positives, sum of centerness targets
   IoUKind kind;
@@ -58,6 +61,13 @@ inline void check_box_levels(const char* op, const Tensors& pred, const Tensors&
   check_floating(op, "pred", pred[0]);
   check_floating(op, "centerness", centerness[0]);
   for (size_t l = 0; l < pred.size(); ++l) {
+    check_same_device(op, "pred", pred[0], "pred of every level", pred[l]);
+    check_same_device(op, "pred", pred[0], "centerness of every level", centerness[l]);
+  }
+}
+
+inline void check_levels(const char* op, const Tensors& pred, const Tensors& centerness) {
+  for (size_t l = 0; l < pred.size(); ++l) {
     const Tensor &p = pred[l], &c = centerness[l];
     STD_TORCH_CHECK(p.dim() == 4 && p.size(1) == 4 && p.size(0) == pred[0].size(0), op,
                     ": pred must be levels [N, 4, H, W] of the same N, got ", p.dim(),
@@ -69,17 +79,39 @@ inline void check_box_levels(const char* op, const Tensors& pred, const Tensors&
     STD_TORCH_CHECK(
         p.scalar_type() == pred[0].scalar_type() && c.scalar_type() == centerness[0].scalar_type(),
         op, ": all levels must have the same dtype");
-    check_same_device(op, "pred", pred[0], "pred of every level", p);
-    check_same_device(op, "pred", pred[0], "centerness of every level", c);
   }
 }
 
-// The level, and what keeps it alive: a copy where its locations have no one stride.
-inline LevelRows<const void*> level_rows(Tensor& t) {
-  auto found = find_level_rows(t.const_data_ptr(), t);
+// Whether t has the sizes of `rows` [N, L] or [L], and so many values a row, if not 0.
+inline bool is_of_rows(const Tensor& t, const BoxCall& call, int64_t values) {
+  const int64_t d = call.batch_dims;
+  return t.dim() == d + (values > 0) && (d == 1 || t.size(0) == call.images) &&
+         t.size(d - 1) == call.rows_per_image && (values == 0 || t.size(d) == values);
+}
+
+// Where the rows of a level are. nullopt: its locations have no one stride.
+template <typename Pointer>
+std::optional<LevelRows<Pointer>> find_rows_of_level(const BoxCall& call, Pointer data,
+                                                     const Tensor& t) {
+  if (call.rows_given) return level_rows_of(data, t, call.batch_dims);
+  return find_level_rows(data, t);
+}
+
+// The same, and what keeps it alive: a copy where need be.
+inline LevelRows<const void*> level_rows(const BoxCall& call, Tensor& t) {
+  auto found = find_rows_of_level(call, t.const_data_ptr(), t);
   if (found) return *found;
   t = torch::stable::contiguous(t);
-  return *find_level_rows(t.const_data_ptr(), t);
+  return *find_rows_of_level(call, t.const_data_ptr(), t);
+}
+
+inline void add_level(BoxCall& call, const Tensor& pred, const Tensor& centerness,
+                      int64_t positions) {
+  BoxLevel level{pred, centerness, {}, {}, {}, {}, positions, call.rows_per_image};
+  level.pred = level_rows(call, level.pred_tensor);
+  level.centerness = level_rows(call, level.centerness_tensor);
+  call.levels.push_back(level);
+  call.rows_per_image += positions;
 }
 
 inline BoxCall make_call(const char* op, const Tensors& pred, const Tensors& centerness,
@@ -90,34 +122,37 @@ inline BoxCall make_call(const char* op, const Tensors& pred, const Tensors& cen
   check_box_levels(op, pred, centerness);
   BoxCall call{};
   call.pred = pred[0];
-  call.images = pred[0].size(0);
-  for (size_t l = 0; l < pred.size(); ++l) {
-    BoxLevel level{pred[l],
-                   centerness[l],
-                   {},
-                   {},
-                   {},
-                   {},
-                   pred[l].size(2) * pred[l].size(3),
-                   call.rows_per_image};
-    level.pred = level_rows(level.pred_tensor);
-    level.centerness = level_rows(level.centerness_tensor);
-    call.levels.push_back(level);
-    call.rows_per_image += level.positions;
+  const int64_t dims = pred[0].dim();
+  call.rows_given = pred.size() == 1 && (dims == 2 || dims == 3);
+  call.batch_dims = call.rows_given ? dims - 1 : 2;
+  if (call.rows_given) {
+    call.images = dims == 3 ? pred[0].size(0) : 1;
+    STD_TORCH_CHECK(pred[0].size(dims - 1) == 4, op, ": rows of pred must have 4 values, got ",
+                    pred[0].size(dims - 1));
+    STD_TORCH_CHECK(centerness[0].dim() == dims - 1 &&
+                        centerness[0].numel() * 4 == pred[0].numel() &&
+                        centerness[0].size(0) == pred[0].size(0),
+                    op, ": centerness must have a value for each row of pred");
+    add_level(call, pred[0], centerness[0], pred[0].size(dims - 2));
+  } else {
+    check_levels(op, pred, centerness);
+    call.images = pred[0].size(0);
+    for (size_t l = 0; l < pred.size(); ++l)
+      add_level(call, pred[l], centerness[l], pred[l].size(2) * pred[l].size(3));
   }
 
   const int64_t N = call.images, L = call.rows_per_image;
   check_floating(op, "target", target);
-  STD_TORCH_CHECK(
-      target.dim() == 3 && target.size(0) == N && target.size(1) == L && target.size(2) == 4, op,
-      ": target must be [N, L, 4], a row for each location, N = ", N, " and L = ", L);
+  STD_TORCH_CHECK(is_of_rows(target, call, 4), op,
+                  ": target must be [N, L, 4], a row for each location, N = ", N, " and L = ", L);
   check_integer(op, "labels", labels);
-  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == N && labels.size(1) == L, op,
-                  ": labels must be [N, L], N = ", N, " and L = ", L);
+  STD_TORCH_CHECK(is_of_rows(labels, call, 0), op, ": labels must be [N, L], N = ", N,
+                  " and L = ", L);
   check_same_device(op, "pred", call.pred, "target", target);
   check_same_device(op, "pred", call.pred, "labels", labels);
   call.target_tensor = torch::stable::contiguous(target);
-  call.target = *find_rows(call.target_tensor.const_data_ptr(), call.target_tensor, 2);
+  call.target =
+      *find_rows(call.target_tensor.const_data_ptr(), call.target_tensor, call.batch_dims);
   call.labels = torch::stable::contiguous(labels);
   if (centerness_target) {
     check_floating(op, "centerness_target", *centerness_target);
@@ -126,7 +161,7 @@ inline BoxCall make_call(const char* op, const Tensors& pred, const Tensors& cen
     check_same_device(op, "pred", call.pred, "centerness_target", *centerness_target);
     call.centerness_target_tensor = torch::stable::contiguous(*centerness_target);
     call.centerness_target = *find_rows(call.centerness_target_tensor->const_data_ptr(),
-                                        *call.centerness_target_tensor, 2);
+                                        *call.centerness_target_tensor, call.batch_dims);
   }
   if (normalizers) {
     STD_TORCH_CHECK(normalizers->dim() == 1 && normalizers->size(0) == 2, op,
@@ -161,10 +196,11 @@ inline void new_sums(BoxCall& call) {
   call.num_ignored = scalar(ScalarType::Long);
 }
 
-// In the layout of t, or contiguous if that has gaps.
-inline Tensor new_gradient(const Tensor& t) {
-  return is_dense(t, true) || is_dense(t, false) ? torch::stable::empty_like(t)
-                                                 : torch::stable::new_empty(t, t.sizes());
+// In the layout of t; a level with gaps: contiguous.
+inline Tensor new_gradient(const BoxCall& call, const Tensor& t) {
+  return call.rows_given || is_dense(t, true) || is_dense(t, false)
+             ? torch::stable::empty_like(t)
+             : torch::stable::new_empty(t, t.sizes());
 }
 
 // `pred` and `centerness`: the gradients by them, to write.
@@ -174,8 +210,8 @@ inline void set_gradients(const char* op, BoxCall& call, const Tensors& pred,
   for (size_t l = 0; l < call.levels.size(); ++l) {
     BoxLevel& level = call.levels[l];
     Tensor by_pred = pred[l], by_centerness = centerness[l];
-    const auto rows = find_level_rows(by_pred.mutable_data_ptr(), by_pred);
-    const auto values = find_level_rows(by_centerness.mutable_data_ptr(), by_centerness);
+    const auto rows = find_rows_of_level(call, by_pred.mutable_data_ptr(), by_pred);
+    const auto values = find_rows_of_level(call, by_centerness.mutable_data_ptr(), by_centerness);
     STD_TORCH_CHECK(rows && values, op, ": gradients must have one stride between locations");
     level.by_pred = *rows;
     level.by_centerness = *values;
@@ -185,8 +221,8 @@ inline void set_gradients(const char* op, BoxCall& call, const Tensors& pred,
 inline std::tuple<Tensors, Tensors> new_gradients(const char* op, BoxCall& call,
                                                   const Tensors& pred, const Tensors& centerness) {
   Tensors by_pred, by_centerness;
-  for (const Tensor& level : pred) by_pred.push_back(new_gradient(level));
-  for (const Tensor& level : centerness) by_centerness.push_back(new_gradient(level));
+  for (const Tensor& level : pred) by_pred.push_back(new_gradient(call, level));
+  for (const Tensor& level : centerness) by_centerness.push_back(new_gradient(call, level));
   set_gradients(op, call, by_pred, by_centerness);
   return {by_pred, by_centerness};
 }

@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "int num_classes, int kind, bool weighted, bool iou_quality, float smooth, float eps) -> ()");
   m.def("fcos_normalizers(Tensor labels, Tensor centerness, int num_classes) -> Tensor");
   m.def(
+      "fcos_normalizers_and_labels(Tensor labels, Tensor centerness, int num_classes) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
       "float[] grids, float[] size_ranges, int boundary, bool normalize, int ties) -> "
       "(Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, Tensor num_pos)");
@@ -59,13 +62,16 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
   m.def(
       "padded_batched_nms(Tensor boxes, Tensor scores, Tensor labels, float iou_threshold, "
       "int max_detections, bool class_agnostic) -> (Tensor keep, Tensor counts)");
-  // logits, ltrb, centerness: levels [N, C or 4 or 1, H, W]; geometry: step_y, step_x, first_y,
-  // first_x and the unit of the distances of each level
+  // logits, regression, centerness: levels [N, C or 4 or 1, H, W], the last may be missing;
+  // anchors: levels [H W, 4] or none; grids: step_y, step_x, first_y, first_x and the unit of the
+  // distances of each level; deltas: weights of x, y, width and height, and the limit of logarithms
   m.def(
-      "postprocess(Tensor[] logits, Tensor[] ltrb, Tensor[] centerness, Tensor image_sizes, "
-      "Tensor? original_sizes, float[] geometry, float score_threshold, float iou_threshold, "
-      "int topk_candidates, int max_detections, bool root, bool on_final, bool class_agnostic, "
-      "bool clip) -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts, Tensor dropped)");
+      "postprocess(Tensor[] logits, Tensor[] regression, Tensor[] centerness, Tensor[] anchors, "
+      "Tensor image_sizes, Tensor? original_sizes, float[] grids, float[] deltas, "
+      "float score_threshold, float iou_threshold, int topk_candidates, int max_detections, "
+      "int max_apart, bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, "
+      "bool keep_empty) -> "
+      "(Tensor boxes, Tensor scores, Tensor labels, Tensor counts, Tensor dropped)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "
       "float score_threshold, bool gaussian, int max_detections) -> "

@@ -16,13 +16,16 @@ template <typename score_t>
 using OrderKey =
     std::conditional_t<std::is_same_v<score_t, double>, unsigned long long, unsigned int>;
 
-// The inverse for a score that is above 0.
-FCOS_INLINE float score_of_key(OrderKey<float> key) {
-  const OrderKey<float> bits = key & 0x7fffffffu;
-  float score;
-  std::memcpy(&score, &bits, sizeof(score));
-  return score;
+// The inverse, of a key that is not 0.
+FCOS_INLINE float number_of_key(OrderKey<float> key) {
+  const OrderKey<float> bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
 }
+
+// The same for a score that is above 0.
+FCOS_INLINE float score_of_key(OrderKey<float> key) { return number_of_key(key | 0x80000000u); }
 
 // Key and index in one number, the higher the better; no two candidates have the same.
 template <typename score_t>

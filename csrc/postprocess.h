@@ -8,7 +8,7 @@
 
 namespace fcos_ext {
 
-// e^x for -200 <= x <= 0 to a few float64 ulp, by a series: the same bits on every device.
+// e^x for -200 <= x <= 200 to a few float64 ulp, by a series: the same bits on every device.
 FCOS_INLINE double exp_by_wide_series(double x) {
   // x = n log(2) + r with |r| <= log(2) / 2. Adding 1.5 * 2^52 rounds x / log(2) to the integer n
   // and leaves it in the low bits, from where it is shifted into the exponent. log(2) is
@@ -58,7 +58,7 @@ struct Scoring {
   FCOS_INLINE float judge(float cls, float weight) const {
     const float p = product(cls, weight);
     const bool fails =
-        on_final ? final_of(p) <= threshold || final_of(weight) <= threshold : cls <= threshold;
+        on_final ? (final_of(p) <= threshold) | (final_of(weight) <= threshold) : cls <= threshold;
     return fails ? 0.0f : p;
   }
 };
@@ -78,10 +78,12 @@ struct Cutoff {
     any -= lowest > 0 ? 1e-5 * (1 + std::abs(any)) : 0;
   }
 
-  // Where the threshold is on the final score: of a location with this centerness, before its
-  // sigmoid w. The class score has to be above s = 1 / (w inverse), or x above
-  // -log(w inverse - 1). Infinite if no class can pass.
-  FCOS_INLINE float at(float centerness) const {
+  // Where the threshold is on the final score: of a location with this centerness.
+  FCOS_INLINE float at(float centerness) const { return of_product(inverse, centerness); }
+
+  // Of a lowest product, and a centerness before its sigmoid w. The class score has to be above
+  // s = 1 / (w inverse), or x above -log(w inverse - 1). Infinite if no class can pass.
+  FCOS_INLINE static float of_product(float inverse, float centerness) {
     float excess = reciprocal(1.0f + exponential(-centerness)) * inverse - 1.0f;
     excess += 1e-4f * (excess + 1.0f);
     if (excess <= 0.0f) return std::numeric_limits<float>::infinity();
@@ -90,15 +92,54 @@ struct Cutoff {
   }
 };
 
+// What a box is regressed from.
+struct Anchor {
+  float center_x, center_y, width, height;
+};
+
+FCOS_INLINE Anchor anchor_of(const Box& b) {
+  return {product(0.5f, b.x0 + b.x1), product(0.5f, b.y0 + b.y1), b.x1 - b.x0, b.y1 - b.y0};
+}
+
 // Where the locations of a level are, and the unit of their distances, in pixels.
 struct Grid {
   float step_y, step_x, first_y, first_x, unit;
 
-  FCOS_INLINE Box decode(int y, int x, float left, float top, float right, float bottom) const {
-    const float center_x = product(static_cast<float>(x), step_x) + first_x;
-    const float center_y = product(static_cast<float>(y), step_y) + first_y;
-    return {center_x - product(left, unit), center_y - product(top, unit),
-            center_x + product(right, unit), center_y + product(bottom, unit)};
+  FCOS_INLINE Anchor anchor(int y, int x) const {
+    return {product(static_cast<float>(x), step_x) + first_x,
+            product(static_cast<float>(y), step_y) + first_y, unit, unit};
+  }
+};
+
+// What the four numbers that are regressed at a location mean.
+struct BoxCoding {
+  // Distances from the centre to left, top, right and bottom side: in sides of the anchor, or in
+  // pixels.
+  bool in_pixels;
+  // Or deltas: the way to the centre in sides of the anchor, and the logarithms of width and
+  // height, which are not above the limit; each divided by its weight.
+  bool deltas;
+  float weight_x, weight_y, weight_width, weight_height, limit;
+
+  FCOS_INLINE Box decode(const Anchor& at, float a, float b, float c, float d) const {
+    if (deltas) {
+      const float x = product(a / weight_x, at.width) + at.center_x;
+      const float y = product(b / weight_y, at.height) + at.center_y;
+      const float half_width = product(0.5f, product(exp_to_limit(c / weight_width), at.width));
+      const float half_height = product(0.5f, product(exp_to_limit(d / weight_height), at.height));
+      return {x - half_width, y - half_height, x + half_width, y + half_height};
+    }
+    const float unit_x = in_pixels ? 1.0f : at.width, unit_y = in_pixels ? 1.0f : at.height;
+    return {at.center_x - product(a, unit_x), at.center_y - product(b, unit_y),
+            at.center_x + product(c, unit_x), at.center_y + product(d, unit_y)};
+  }
+
+ private:
+  FCOS_INLINE float exp_to_limit(float x) const {
+    const double power = x > limit ? limit : x;
+    const double above = power > -200.0 ? power : -200.0;
+    const float result = static_cast<float>(exp_by_wide_series(above < 200.0 ? above : 200.0));
+    return x == x ? result : std::numeric_limits<float>::quiet_NaN();
   }
 };
 
@@ -111,6 +152,13 @@ FCOS_INLINE bool has_area(const Box& b) { return b.x1 > b.x0 && b.y1 > b.y0; }
 FCOS_INLINE float clipped(float v, float limit) {
   const float positive = v > 0.0f ? v : 0.0f;
   return positive < limit ? positive : limit;
+}
+
+// As torchvision's batched_nms compares boxes: those of each label moved to a place of their own.
+// `step` is one more than the highest coordinate.
+FCOS_INLINE Box moved_apart(const Box& b, int64_t label, float step) {
+  const float by = product(static_cast<float>(label), step);
+  return {b.x0 + by, b.y0 + by, b.x1 + by, b.y1 + by};
 }
 
 // A finite box inside an image.

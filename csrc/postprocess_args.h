@@ -63,10 +63,33 @@ struct PostprocessLevel {
   int height, width;
   int locations;
   int pairs;  // of a location and a class
-  Maps ltrb, centerness;
+  Maps regression, centerness;
   Grid grid;
+  Numbers anchors;          // [H W, 4], in place of the grid if not null
   int64_t first_candidate;  // among those of an image
   int max_candidates;
+
+  // Of a location, before its sigmoid, which is 1 where there is no centerness.
+  template <typename acc>
+  FCOS_INLINE acc centerness_at(int64_t n, int y, int x) const {
+    return centerness.numbers.data ? centerness.numbers.at<acc>(centerness.offset(n, y, x))
+                                   : std::numeric_limits<acc>::infinity();
+  }
+
+  FCOS_INLINE Box decode(const BoxCoding& coding, int64_t n, int y, int x) const {
+    const Numbers& from = regression.numbers;
+    const int64_t at = regression.offset(n, y, x), step = regression.channel;
+    return coding.decode(anchor(y, x), from.at<float>(at), from.at<float>(at + step),
+                         from.at<float>(at + 2 * step), from.at<float>(at + 3 * step));
+  }
+
+ private:
+  FCOS_INLINE Anchor anchor(int y, int x) const {
+    if (!anchors.data) return grid.anchor(y, x);
+    const int64_t i = 4 * (int64_t(y) * width + x);
+    return anchor_of({anchors.at<float>(i), anchors.at<float>(i + 1), anchors.at<float>(i + 2),
+                      anchors.at<float>(i + 3)});
+  }
 };
 
 struct PostprocessCall {
@@ -74,9 +97,11 @@ struct PostprocessCall {
   int64_t images, classes, candidates;  // the last of an image, at most
   ScalarType dtype;                     // of the logits
   Scoring scoring;
+  BoxCoding coding;
   float iou_threshold;
   int64_t topk_candidates, max_detections;
-  bool class_agnostic, clip;
+  bool class_agnostic, clip, keep_empty;
+  int64_t max_apart;  // up to so many candidates of an image, boxes are compared moved_apart()
   Numbers image_sizes, original_sizes;  // [N, 2]; the latter null if the former are to be kept
   // [N, D, 4], [N, D], [N, D], [N], [N]
   Tensor boxes, scores, labels, counts, dropped;
@@ -133,12 +158,25 @@ inline Numbers check_image_sizes(const char* name, const Tensor& sizes, const Te
   return {alive.back().const_data_ptr(), dtype};
 }
 
+inline Numbers check_anchors(size_t level, const std::vector<Tensor>& anchors, const Tensor& logits,
+                             std::vector<Tensor>& alive) {
+  constexpr const char* kOp = "postprocess";
+  const Tensor& t = anchors[level];
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == logits.size(2) * logits.size(3) && t.size(1) == 4,
+                  kOp, ": anchors must be [H W, 4] with the H and W of logits in each level");
+  check_floating(kOp, "anchors", t);
+  check_same_device(kOp, "logits", logits, "anchors", t);
+  alive.push_back(torch::stable::contiguous(t));
+  return {alive.back().const_data_ptr(), t.scalar_type()};
+}
+
 inline PostprocessCall make_postprocess_call(
-    const std::vector<Tensor>& logits, const std::vector<Tensor>& ltrb,
-    const std::vector<Tensor>& centerness, const Tensor& image_sizes,
-    const std::optional<Tensor>& original_sizes, const std::vector<double>& geometry,
-    double score_threshold, double iou_threshold, int64_t topk_candidates, int64_t max_detections,
-    bool root, bool on_final, bool class_agnostic, bool clip) {
+    const std::vector<Tensor>& logits, const std::vector<Tensor>& regression,
+    const std::vector<Tensor>& centerness, const std::vector<Tensor>& anchors,
+    const Tensor& image_sizes, const std::optional<Tensor>& original_sizes,
+    const std::vector<double>& grids, const std::vector<double>& deltas, double score_threshold,
+    double iou_threshold, int64_t topk_candidates, int64_t max_detections, int64_t max_apart,
+    bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, bool keep_empty) {
   constexpr const char* kOp = "postprocess";
   STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxPostprocessLevels, kOp,
                   ": logits must have 1 to ", kMaxPostprocessLevels, " levels, got ",
@@ -147,10 +185,14 @@ inline PostprocessCall make_postprocess_call(
                   ": logits must be [N, C, H, W] with C >= 1");
   const int64_t N = logits[0].size(0), C = logits[0].size(1);
   check_maps("logits", logits, logits, C);
-  check_maps("ltrb", ltrb, logits, 4);
-  check_maps("centerness", centerness, logits, 1);
-  STD_TORCH_CHECK(geometry.size() == 5 * logits.size(), kOp,
-                  ": geometry must be 5 numbers a level, got ", geometry.size());
+  check_maps("regression", regression, logits, 4);
+  if (!centerness.empty()) check_maps("centerness", centerness, logits, 1);
+  STD_TORCH_CHECK(grids.size() == 5 * logits.size(), kOp, ": grids must be 5 numbers a level, got ",
+                  grids.size());
+  STD_TORCH_CHECK(deltas.empty() || deltas.size() == 5, kOp,
+                  ": deltas must be 4 weights and a limit, or nothing, got ", deltas.size(),
+                  " numbers");
+  STD_TORCH_CHECK(deltas.empty() || !anchors.empty(), kOp, ": deltas need anchors");
   STD_TORCH_CHECK(score_threshold >= 0 && score_threshold <= 1, kOp,
                   ": score_threshold must be in [0, 1], got ", score_threshold);
   STD_TORCH_CHECK(topk_candidates >= 1, kOp, ": topk_candidates must be at least 1, got ",
@@ -168,10 +210,23 @@ inline PostprocessCall make_postprocess_call(
   call.max_detections = max_detections;
   call.class_agnostic = class_agnostic;
   call.clip = clip;
+  call.keep_empty = keep_empty;
+  call.max_apart = class_agnostic ? 0 : max_apart;
+  call.coding.in_pixels = in_pixels;
+  if (!deltas.empty())
+    call.coding = {false,
+                   true,
+                   static_cast<float>(deltas[0]),
+                   static_cast<float>(deltas[1]),
+                   static_cast<float>(deltas[2]),
+                   static_cast<float>(deltas[3]),
+                   static_cast<float>(deltas[4])};
   call.image_sizes = check_image_sizes("image_sizes", image_sizes, logits[0], call.alive);
   if (original_sizes)
     call.original_sizes =
         check_image_sizes("original_sizes", *original_sizes, logits[0], call.alive);
+  STD_TORCH_CHECK(anchors.empty() || anchors.size() == logits.size(), kOp, ": anchors must have ",
+                  logits.size(), " levels, or none, got ", anchors.size());
   for (size_t l = 0; l < logits.size(); ++l) {
     const Tensor& t = logits[l];
     const int64_t height = t.size(2), width = t.size(3);
@@ -183,8 +238,8 @@ inline PostprocessCall make_postprocess_call(
                     ", ", width, "]");
     const bool rows = is_dense_image(t, false), planes = !rows && is_dense_image(t, true);
     call.alive.push_back(rows || planes ? t : torch::stable::contiguous(t));
-    const Tensor& dense = call.alive.back();
-    const double* g = geometry.data() + 5 * l;
+    const Tensor dense = call.alive.back();
+    const double* g = grids.data() + 5 * l;
     PostprocessLevel level{};
     level.logits = dense.const_data_ptr();
     level.image_stride = dense.stride(0);
@@ -193,8 +248,9 @@ inline PostprocessCall make_postprocess_call(
     level.width = static_cast<int>(width);
     level.locations = static_cast<int>(height * width);
     level.pairs = static_cast<int>(height * width * C);
-    level.ltrb = maps_of(ltrb[l]);
-    level.centerness = maps_of(centerness[l]);
+    level.regression = maps_of(regression[l]);
+    if (!centerness.empty()) level.centerness = maps_of(centerness[l]);
+    if (!anchors.empty()) level.anchors = check_anchors(l, anchors, t, call.alive);
     level.grid = {static_cast<float>(g[0]), static_cast<float>(g[1]), static_cast<float>(g[2]),
                   static_cast<float>(g[3]), static_cast<float>(g[4])};
     level.first_candidate = call.candidates;
@@ -217,14 +273,16 @@ inline PostprocessCall make_postprocess_call(
 // The operator. Backend::run(PostprocessCall&) does the work.
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> postprocess(
-    const std::vector<Tensor>& logits, const std::vector<Tensor>& ltrb,
-    const std::vector<Tensor>& centerness, const Tensor& image_sizes,
-    const std::optional<Tensor>& original_sizes, const std::vector<double>& geometry,
-    double score_threshold, double iou_threshold, int64_t topk_candidates, int64_t max_detections,
-    bool root, bool on_final, bool class_agnostic, bool clip) {
+    const std::vector<Tensor>& logits, const std::vector<Tensor>& regression,
+    const std::vector<Tensor>& centerness, const std::vector<Tensor>& anchors,
+    const Tensor& image_sizes, const std::optional<Tensor>& original_sizes,
+    const std::vector<double>& grids, const std::vector<double>& deltas, double score_threshold,
+    double iou_threshold, int64_t topk_candidates, int64_t max_detections, int64_t max_apart,
+    bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, bool keep_empty) {
   PostprocessCall call = make_postprocess_call(
-      logits, ltrb, centerness, image_sizes, original_sizes, geometry, score_threshold,
-      iou_threshold, topk_candidates, max_detections, root, on_final, class_agnostic, clip);
+      logits, regression, centerness, anchors, image_sizes, original_sizes, grids, deltas,
+      score_threshold, iou_threshold, topk_candidates, max_detections, max_apart, root, on_final,
+      class_agnostic, clip, in_pixels, keep_empty);
   if (call.images > 0) Backend::run(call, logits[0]);
   return {call.boxes, call.scores, call.labels, call.counts, call.dropped};
 }

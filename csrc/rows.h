@@ -113,24 +113,43 @@ struct LevelRows {
   bool is_vector;                           // 4 values of a row are side by side and aligned
   int64_t per_image, per_position, stride;  // in elements; the last between the values of a row
 
+  LevelRows() = default;
+  LevelRows(Pointer pointer, const Tensor& t, int64_t image_stride, int64_t position_stride,
+            int64_t value_stride)
+      : data(pointer),
+        dtype(t.scalar_type()),
+        per_image(image_stride),
+        per_position(position_stride),
+        stride(value_stride) {
+    const int64_t alignment = 4 * int64_t(t.element_size()) < 16 ? 8 : 16;
+    is_vector = stride == 1 && per_image % 4 == 0 && per_position % 4 == 0 &&
+                reinterpret_cast<uintptr_t>(data) % uintptr_t(alignment) == 0;
+  }
+
   FCOS_INLINE int64_t offset(Place p) const {
     return p.image * per_image + p.position * per_position;
   }
 };
 
-// nullopt: no one stride leads from each location of an image to the next.
+// Of t [N, K, H, W]. nullopt: no one stride leads from each location of an image to the next.
 template <typename Pointer>
 std::optional<LevelRows<Pointer>> find_level_rows(Pointer data, const Tensor& t) {
   const int64_t H = t.size(2), W = t.size(3);
-  if (t.numel() == 0) return LevelRows<Pointer>{data, t.scalar_type(), false, 0, 0, 0};
+  if (t.numel() == 0) return LevelRows<Pointer>(data, t, 0, 0, 0);
   if (H > 1 && W > 1 && t.stride(2) != W * t.stride(3)) return std::nullopt;
-  const int64_t per_image = t.size(0) > 1 ? t.stride(0) : 0;
-  const int64_t per_position = W > 1 ? t.stride(3) : H > 1 ? t.stride(2) : 0;
-  const int64_t stride = t.size(1) > 1 ? t.stride(1) : 1;
-  const int64_t alignment = 4 * int64_t(t.element_size()) < 16 ? 8 : 16;
-  const bool is_vector = stride == 1 && per_image % 4 == 0 && per_position % 4 == 0 &&
-                         reinterpret_cast<uintptr_t>(data) % uintptr_t(alignment) == 0;
-  return LevelRows<Pointer>{data, t.scalar_type(), is_vector, per_image, per_position, stride};
+  return LevelRows<Pointer>(data, t, t.size(0) > 1 ? t.stride(0) : 0,
+                            W > 1   ? t.stride(3)
+                            : H > 1 ? t.stride(2)
+                                    : 0,
+                            t.size(1) > 1 ? t.stride(1) : 1);
+}
+
+// Of rows [L, K] or [N, L, K], or [L] or [N, L]: those of a level whose locations are in one line.
+template <typename Pointer>
+LevelRows<Pointer> level_rows_of(Pointer data, const Tensor& t, int64_t batch_dims) {
+  return LevelRows<Pointer>(data, t, batch_dims == 2 && t.size(0) > 1 ? t.stride(0) : 0,
+                            t.stride(batch_dims - 1),
+                            batch_dims < t.dim() ? t.stride(batch_dims) : 1);
 }
 
 }  // namespace fcos_ext

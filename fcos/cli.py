@@ -31,6 +31,7 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   convert   checkpoints of other FCOS code bases, to ours and back
   analyze   what can be learned of your boxes, before training
   targets   pictures of what each location learns
+  bench     time the kernels and the detector against PyTorch's and torchvision's
   env       what is installed, what is missing and why
 """
 
@@ -355,6 +356,17 @@ def _targets(arguments: list[str]) -> int:
     return targets(arguments)
 
 
+def _bench(arguments: list[str]) -> int:
+    try:
+        from benchmarks.__main__ import main as run
+    except ImportError as error:
+        raise ConfigError(
+            f"the benchmarks cannot be imported ({error}): they are in the repository, not in the "
+            "package; run fcos bench in a checkout, with PYTHONPATH=."
+        ) from error
+    return run(arguments, "fcos bench")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
@@ -362,5 +374,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "analyze": _analyze,
     "targets": _targets,
+    "bench": _bench,
     "env": _env,
 }

@@ -72,6 +72,13 @@ class ModelConfig:
     """Whether a size range contains its ends: both, neither, or only the lower one."""
     center_sampling_radius: float = 1.5
     """Positives lie within radius * stride of the box centre; 0: anywhere inside the box."""
+    ties: Literal["exact", "torchvision"] = "exact"
+    """Which of several boxes a location learns: the smallest; or, by torchvision's arithmetic, the
+    first whose area is within some 8 square pixels of the smallest, and none from 1e8 on."""
+    locations: Literal["half_stride", "torchvision"] = "half_stride"
+    """Where the locations of a level are: at stride / 2 + stride * index; or as torchvision has it,
+    from 0 in steps of padded image size // level size, which for P6 and P7 vary with the padding,
+    and so with the other images of a batch."""
     fpn_channels: int = 256
     """Channels of the feature pyramid and of the head."""
     p6_source: Literal["p5", "c5"] = "p5"
@@ -109,6 +116,14 @@ class LossConfig:
     """Focusing exponent of the focal loss."""
     box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
     """Overlap loss between predicted and true box."""
+    box_weights: Literal["centerness", "none"] = "centerness"
+    """Weigh each location's box loss by its centerness target, or all alike; the paper weighs."""
+    quality: Literal["centerness", "iou"] = "centerness"
+    """What the centerness branch learns: the centerness, or the overlap of the predicted box with
+    the true one. The authors' later code has "iou" together with box_weights "none"."""
+    normalizer: Literal["all_reduced", "local"] = "all_reduced"
+    """What sums of losses are divided by: the positives of the step's whole batch; or each process
+    by those of its own images, so that the result depends on how the batch is split."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +131,20 @@ class PostprocessConfig:
     """From the network's outputs to detections."""
 
     score_threshold: float = 0.05
-    """Class scores up to this one are dropped, before they meet the centerness."""
+    """Scores up to this one are dropped."""
+    threshold_on: Literal["class", "final"] = "class"
+    """Which score that is: the class score before it meets the centerness, or the final score."""
     topk_candidates: int = 1000
     """Best candidates kept per level and image."""
     iou_threshold: float = 0.6
     """Of two boxes of one class that overlap by more, the lower-scored one is dropped."""
     max_detections: int = 100
     """Best detections kept per image."""
+    keep_empty: bool = False
+    """Keep boxes without area, such as those that lie outside the image, as torchvision does."""
+    overlaps: Literal["exact", "torchvision"] = "exact"
+    """Overlaps of the boxes, or of the boxes of each class moved to a place of their own, which
+    rounds them: what torchvision compares for up to 1,000 candidates (25,000 on a GPU)."""
     score: Literal["sqrt", "product"] = "sqrt"
     """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
@@ -147,6 +169,10 @@ class DataConfig:
     evaluation uses the last."""
     max_size: int = 1333
     """The longer side is never resized beyond this."""
+    resize: Literal["round", "truncate", "torchvision"] = "round"
+    """How: to the nearest whole pixels, antialiased; truncated, as the original code has it, where
+    the longer side follows from the shorter one; or as in torchvision's detectors, rounded down and
+    without antialiasing, after normalisation."""
     image_shapes: tuple[tuple[int, int], ...] = ()
     """Heights and widths that batches are padded to, each to the smallest that fits. (): as large
     as its images need, in multiples of 32."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .postprocess import postprocess
+from .regions import region
 
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -52,9 +53,10 @@ class Detector(nn.Module):
             :class:`fcos.postprocess.PaddedDetections`; a plain tuple, so that an exported program
             needs nothing but ``fcos_ext`` to be loaded.
         """
-        with autocast(self.amp, images.device):
+        with region("network"), autocast(self.amp, images.device):
             predictions = self.network(images)
-        found = postprocess(
-            predictions, image_sizes, original_sizes, self._model, self._postprocess
-        )
+        with region("postprocessing"):
+            found = postprocess(
+                predictions, image_sizes, original_sizes, self._model, self._postprocess
+            )
         return found.boxes, found.scores, found.labels, found.counts

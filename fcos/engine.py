@@ -28,6 +28,7 @@ from .losses import assign, fcos_losses, step_normalizers
 from .model import FCOS
 from .progress import TrainingProgress
 from .recorder import LOSSES, NonFiniteLossError, Recorder
+from .regions import region
 from .run_folder import RunFolder
 from .weight_average import WeightAverage
 
@@ -65,7 +66,7 @@ def train(config: Config, process: Process, name: str = "run", resume: Path | No
             config.data.val_annotations, config.data.val_images, eval_transforms(config.data)
         )
     config = _with_classes(config, dataset, validation)
-    training = _Training(config, process, dataset, validation, fresh=resume is None)
+    training = Training(config, process, dataset, validation, fresh=resume is None)
     if resume is None:
         run = _new_folder(config, process, name)
     else:
@@ -87,8 +88,18 @@ def train(config: Config, process: Process, name: str = "run", resume: Path | No
     return run.path
 
 
-class _Training:
-    """The state of a run, and the steps that change it."""
+class Training:
+    """The state of a run, and the steps that change it.
+
+    :func:`train` is what uses it; by itself it is for profiling and for loops of your own.
+
+    Args:
+        config: all settings, with ``model.num_classes``.
+        process: this process, and its device.
+        dataset: of training.
+        validation: of evaluation, or None.
+        fresh: load the weights of the backbone; False where a checkpoint follows.
+    """
 
     def __init__(
         self,
@@ -196,26 +207,30 @@ class _Training:
             *(x.chunk(settings.accumulation) for x in (boxes, labels, counts)), strict=True
         )
         size = (images.shape[2], images.shape[3])
-        targets = [assign(size, self.config.model, *truth) for truth in truths]
-        normalizers = step_normalizers(targets)
+        with region("assignment"):
+            targets = [assign(size, self.config.model, *truth) for truth in truths]
+            normalizers = step_normalizers(targets, self.config.loss)
         total = torch.zeros(len(LOSSES), device=self.process.device)
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             exchange: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if isinstance(self.forward, DistributedDataParallel) and i < len(parts) - 1:
                 exchange = self.forward.no_sync()  # gradients are exchanged once a step
             with exchange:
-                with autocast(settings.amp, self.process.device):
+                with region("network"), autocast(settings.amp, self.process.device):
                     predictions = self.forward(part)
-                terms = fcos_losses(predictions, target, normalizers, self.config.loss)
-                losses = torch.stack([terms[name] for name in LOSSES])
-                # of the processes' gradients, the average is taken, but their losses add up
-                (losses.sum() * self.process.world_size).backward()
+                with region("losses"):
+                    terms = fcos_losses(predictions, target, normalizers, self.config.loss)
+                    losses = torch.stack([terms[name] for name in LOSSES])
+                with region("backward"):
+                    # of the processes' gradients, the average is taken, but their losses add up
+                    (losses.sum() * self.process.world_size).backward()
             total += losses.detach()
-        if settings.clip_gradient_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_gradient_norm)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.network)
+        with region("optimizer"):
+            if settings.clip_gradient_norm:
+                nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_gradient_norm)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.network)
         return (total,)
 
     def check_weights(self, run: RunFolder) -> None:

@@ -18,12 +18,12 @@ import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
 
 from .config import LossConfig, ModelConfig
-from .locations import feature_sizes
+from .locations import feature_sizes, level_grids
 from .model import Predictions
 
 
 class Normalizers(NamedTuple):
-    """What the losses are divided by: sums over a step's passes and processes."""
+    """What the losses are divided by: sums over a step's passes and, mostly, processes."""
 
     sums: Tensor
     """float32 [2]: the two that follow."""
@@ -54,23 +54,36 @@ def assign(
         labels,
         counts=counts,
         feature_sizes=feature_sizes(image_size, config.strides),
-        strides=config.strides,
+        strides=level_grids(image_size, config.strides, config.locations),
         size_ranges=config.size_ranges,
         center_sampling_radius=config.center_sampling_radius,
         boundary=config.boundary,
         normalize=config.normalize_ltrb,
+        ties=config.ties,
     )
 
 
-def step_normalizers(targets: Sequence[AssignedTargets]) -> Normalizers:
+def step_normalizers(
+    targets: Sequence[AssignedTargets], config: LossConfig | None = None
+) -> Normalizers:
     """Normalisers of an optimiser step whose passes have these targets.
 
     Every process calls this once a step, positives or not.
+
+    Args:
+        targets: of each pass of this process.
+        config: whose ``normalizer`` says over which images; None: those of all processes.
     """
     each = [fcos_ext.fcos_normalizers(t.labels, t.centerness) for t in targets]
     sums = each[0] if len(each) == 1 else torch.stack(each).sum(dim=0)
-    if dist.is_available() and dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
+        return Normalizers(sums)
+    if config is None or config.normalizer == "all_reduced":
         dist.all_reduce(sums)
+    else:
+        # The processes' losses add up: the sum of these is the average of those that each divides
+        # by its own sums, which are kept from 0 here as by the losses.
+        sums = torch.maximum(sums, sums.new_tensor([1.0, 1e-6])) * dist.get_world_size()
     return Normalizers(sums)
 
 
@@ -90,13 +103,19 @@ def fcos_losses(
 
     Returns:
         "cls": focal loss of all logits, divided by the number of positives; "box": overlap loss
-        of the positives, weighted by their centerness targets and divided by their sum;
-        "centerness": binary cross-entropy of the positives, divided by their number. Each a 0-d
-        float32 tensor, also if there are no positives at all. The third does not approach 0: the
-        cross-entropy of a target between 0 and 1 is at least its entropy, about 0.6 in practice.
+        of the positives, weighted by their centerness targets and divided by their sum, or, with
+        box_weights "none", divided by the number of positives; "centerness": binary cross-entropy
+        of the positives with their centerness target or, with quality "iou", with the overlap of
+        their box, divided by their number. Each a 0-d float32 tensor, also if there are no
+        positives at all. The third does not approach 0: the cross-entropy of a target between 0
+        and 1 is at least its entropy, about 0.6 in practice.
     """
     options = fcos_ext.FCOSLossOptions(
-        alpha=config.focal_alpha, gamma=config.focal_gamma, box_loss=config.box_loss
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
+        box_loss=config.box_loss,
+        box_weights=config.box_weights,
+        quality=config.quality,
     )
     loss = fcos_ext.fcos_loss(predictions, targets, options, normalizers=normalizers.sums)
     return {"cls": loss.cls, "box": loss.box, "centerness": loss.centerness}

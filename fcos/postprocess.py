@@ -40,7 +40,7 @@ def postprocess(
         image_sizes (Tensor[N, 2]): (height, width) of the images as the network saw them, without
             their padding.
         original_sizes (Tensor[N, 2]): (height, width) that the boxes are scaled to.
-        model: strides and the unit of the distances.
+        model: strides, places of the locations and the unit of the distances.
         config: thresholds and limits.
 
     Candidates whose score or box is not finite are dropped.
@@ -50,17 +50,24 @@ def postprocess(
         normalize_ltrb=model.normalize_ltrb,
         score=config.score,
         score_threshold=config.score_threshold,
+        threshold_on=config.threshold_on,
         topk_candidates=config.topk_candidates,
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
         clip=config.clip == "before_nms",
+        locations=model.locations,
+        keep_empty=config.keep_empty,
+        overlaps=config.overlaps,
     )
+    # The sides of padded images are multiples of the finest strides.
+    finest, stride = predictions.logits[0].shape, model.strides[0]
     device = predictions.logits[0].device
     found = fcos_ext.postprocess(
         predictions,
         image_sizes.to(device, non_blocking=True),
         options,
         original_sizes=original_sizes.to(device, non_blocking=True),
+        padded_size=(finest[2] * stride, finest[3] * stride),
     )
     padded = PaddedDetections(found.boxes, found.scores, found.labels, found.counts)
     if config.clip == "after_nms":

@@ -4,14 +4,16 @@ Every operator has a plain-PyTorch reference of the same signature, ``<op>_ref``
 specification, the fallback where no kernel was built, and the baseline of the benchmarks.
 """
 
-from .assign_targets import AssignedTargets, Grid, assign_targets, assign_targets_ref
+from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
 from .box_and_centerness_loss import (
     BoxAndCenternessLoss,
     box_and_centerness_loss,
     box_and_centerness_loss_ref,
 )
-from .fcos_loss import FCOSLoss, FCOSLossOptions, GroundTruth, fcos_loss, fcos_loss_ref
+from .fcos_loss import FCOSLoss, fcos_loss, fcos_loss_ref
+from .fcos_loss_options import FCOSLossOptions, GroundTruth
 from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
+from .grids import Grid
 from .iou_loss import iou_loss, iou_loss_ref
 from .nms import batched_nms, batched_nms_ref, nms, nms_ref
 from .padded_batched_nms import PaddedKeep, padded_batched_nms, padded_batched_nms_ref

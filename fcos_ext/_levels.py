@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,48 @@ def flatten(levels: Sequence[Tensor]) -> Tensor:
 
 
 def new_like(x: Tensor) -> Tensor:
-    """As the kernels make a result: in the layout of ``x``, contiguous if that has gaps."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    """As the kernels make a result: in the layout of ``x``; a level with gaps: contiguous."""
+    dense = x.dim() != 4 or any(
+        x.is_contiguous(memory_format=layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
     memory_format = torch.preserve_format if dense else torch.contiguous_format
     return torch.empty_like(x, memory_format=memory_format)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What a loss of ``x`` is computed and summed up in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_parts(op: str, parts: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise unless the levels of all parts have the same N, H_l and W_l, and are on one device.
+
+    Args:
+        op: the operator.
+        parts: by the names of the arguments.
+    """
+    grids = {name: [(x.shape[0], *x.shape[2:]) for x in levels] for name, levels in parts.items()}
+    (first, grid), *others = grids.items()
+    for name, other in others:
+        if other != grid:
+            raise ValueError(
+                f"{op}: {name} must agree with {first} in N, H_l and W_l of every level, got "
+                f"{other} and {grid}"
+            )
+    device = parts[first][0].device
+    for name, levels in parts.items():
+        for level in levels:
+            if level.device != device:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of the first level, {device}, got "
+                    f"{level.device}"
+                )
+
+
+def check_normalizers(op: str, name: str, normalizers: Tensor) -> None:
+    """Raise unless they are two numbers."""
+    if not normalizers.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {normalizers.dtype}")
+    if normalizers.shape != (2,):
+        raise ValueError(f"{op}: {name} must have shape [2], got {list(normalizers.shape)}")

@@ -6,6 +6,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def register_constant(op: str, *, fake: Callable[..., Any]) -> None:
         return
     torch.library.register_fake(f"fcos_ext::{op}", fake)
     _IMPLEMENTATIONS.impl(op, torch.library.fallthrough_kernel, "Autograd")
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Within, operators are called without the Python half of their gradients.
+
+    That half costs more host time than launching a kernel. It is not needed where no gradient is
+    asked for, or where a ``torch.autograd.Function`` stands for the whole. Not traceable.
+    """
+    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard
 
 
 def _not_differentiable(op: str) -> Callable[..., Any]:

@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._levels import ANY_CLASS, check_levels, flatten, new_like
-from ._library import kernels, register
-from .iou_loss import (
-    KIND_NUMBERS,
-    NORMALIZER_FLOOR,
-    IoUKind,
-    check_options,
-    check_row_targets,
-    check_rows,
-    overlap,
-    row_loss,
-    sum_dtype,
+from ._box_and_centerness_loss_ref import (
+    BoxAndCenternessLoss,
+    Quality,
+    box_and_centerness_loss_ref,
+    check_arguments,
 )
-
-Quality = Literal["centerness", "iou"]
+from ._levels import ANY_CLASS, new_like, sum_dtype
+from ._library import below_autograd, kernels, register
+from ._ltrb import KIND_NUMBERS, IoUKind
 
 _OP = "box_and_centerness_loss"
 _DEVICES = kernels(_OP)
-_QUALITIES = get_args(Quality)
-
-
-class BoxAndCenternessLoss(NamedTuple):
-    """Sums over the positive locations, each a 0-d tensor; all are 0 if there are none."""
-
-    box: Tensor
-    """Overlap losses, each times its weight. Differentiable in ``pred``."""
-    centerness: Tensor
-    """Cross-entropies. Differentiable in ``centerness``."""
-    weight: Tensor
-    """Weights of ``box``: of centerness targets, or, unweighted, of ones."""
-    num_pos: Tensor
-    """int64: how many locations are positive."""
-    num_ignored: Tensor
-    """int64: how many have a label below -1 or, with ``num_classes``, above the last class."""
 
 
 def box_and_centerness_loss(
@@ -120,7 +97,7 @@ def box_and_centerness_loss(
         TypeError: a tensor has the wrong kind of dtype.
         ValueError: shapes or devices do not agree, or an option has an unknown value.
     """
-    _check(
+    check_arguments(
         pred,
         centerness,
         target,
@@ -149,9 +126,10 @@ def box_and_centerness_loss(
             num_classes=num_classes,
             normalizers=normalizers,
         )
-    levels, scores, others = as_levels(pred, centerness, target, labels, centerness_target)
+    levels, scores, others = operands(pred, centerness, target, labels, centerness_target)
     if normalizers is not None:
         normalizers = normalizers.detach().to(sum_dtype(first))
+    tensors = (*others, normalizers)
     options = (
         ANY_CLASS if num_classes is None else num_classes,
         KIND_NUMBERS[kind],
@@ -160,183 +138,36 @@ def box_and_centerness_loss(
         smooth,
         eps,
     )
-    if (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in (*levels, *scores))
-        and not torch.compiler.is_compiling()
-    ):
-        return BoxAndCenternessLoss(
-            *_Loss.apply(fused_gradient, *others, normalizers, options, *levels, *scores)
-        )
-    return BoxAndCenternessLoss(
-        *torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *others, normalizers, *options)
-    )
-
-
-def box_and_centerness_loss_ref(
-    pred: Tensor | Sequence[Tensor],
-    centerness: Tensor | Sequence[Tensor],
-    target: Tensor,
-    labels: Tensor,
-    *,
-    centerness_target: Tensor | None = None,
-    weighted: bool = True,
-    quality: Quality = "centerness",
-    kind: IoUKind = "giou",
-    smooth: float = 0.0,
-    eps: float = 1e-7,
-    num_classes: int | None = None,
-    normalizers: Tensor | None = None,
-    fused_gradient: bool = False,
-) -> BoxAndCenternessLoss:
-    """Same contract as :func:`box_and_centerness_loss`, in plain PyTorch, differentiable twice.
-
-    ``fused_gradient`` has no effect.
-    """
-    _check(
-        pred,
-        centerness,
-        target,
-        labels,
-        centerness_target,
-        quality,
-        kind,
-        smooth,
-        eps,
-        num_classes,
-        normalizers,
-    )
-    rows = pred if isinstance(pred, Tensor) else flatten(pred)
-    scores = centerness if isinstance(centerness, Tensor) else flatten(centerness).squeeze(-1)
-    dtype = sum_dtype(rows)
-    labels = labels.to(torch.int64)  # to be compared with any number of classes
-    ignored = labels < -1
-    if num_classes is not None:
-        ignored = ignored | (labels >= num_classes)
-    positive = (labels >= 0) & ~ignored
-    # Masking the results alone would leave 0 * NaN in the gradients, so the inputs are masked too.
-    p = torch.where(positive[..., None], rows.to(dtype), 1.0)
-    t = torch.where(positive[..., None], target.detach().to(dtype), 1.0)
-    x = torch.where(positive, scores.to(dtype), 0.0)
-    if centerness_target is None:
-        c = _centerness(t)
+    if torch.compiler.is_compiling():
+        sums = torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *tensors, *options)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (*levels, *scores)):
+        sums = _Loss.apply(fused_gradient, tensors, options, *levels, *scores)
     else:
-        c = torch.where(positive, centerness_target.detach().to(dtype), 0.0)
-    weight = c if weighted else torch.ones_like(c)
-    q = overlap(p.detach(), t, eps) if quality == "iou" else c
-
-    def total(values: Tensor) -> Tensor:
-        return torch.where(positive, values, 0.0).sum()
-
-    box = total(row_loss(p, t, kind, smooth, eps) * weight)
-    entropy = total(F.binary_cross_entropy_with_logits(x, q, reduction="none"))
-    if normalizers is not None:
-        count, weights = normalizers.detach().to(dtype).unbind()
-        entropy = entropy / count.clamp(min=1)
-        box = box / (weights.clamp(min=NORMALIZER_FLOOR) if weighted else count.clamp(min=1))
-    return BoxAndCenternessLoss(box, entropy, total(weight), positive.sum(), ignored.sum())
+        with below_autograd():
+            sums = torch.ops.fcos_ext.box_and_centerness_loss(levels, scores, *tensors, *options)
+    return BoxAndCenternessLoss(*sums)
 
 
-def as_levels(
+def operands(
     pred: Tensor | Sequence[Tensor],
     centerness: Tensor | Sequence[Tensor],
     target: Tensor,
     labels: Tensor,
     centerness_target: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor, Tensor | None]]:
-    """The tensors as the operators take them: rows are a level [N, 4, L, 1] of one column."""
+    """The tensors as the operators take them: levels, or one of rows [L, 4] or [N, L, 4]."""
     if labels.dtype not in (torch.int64, torch.int32):
         labels = labels.to(torch.int64)
     if not isinstance(pred, Tensor) or not isinstance(centerness, Tensor):
         return list(pred), list(centerness), (target, labels, centerness_target)
-    if labels.dim() != 2:
-        images = 1 if labels.dim() < 2 else labels.shape[:-1].numel()
-        length = labels.numel() if labels.dim() < 2 else labels.shape[-1]
-        pred, target = (x.reshape(images, length, 4) for x in (pred, target))
-        centerness, labels = (x.reshape(images, length) for x in (centerness, labels))
+    if labels.dim() not in (1, 2):
+        rows = labels.shape[-1:] or (1,)  # of the innermost dimension
+        rows = (labels.shape[:-1].numel(), *rows)
+        pred, target = (x.reshape(*rows, 4) for x in (pred, target))
+        centerness, labels = (x.reshape(rows) for x in (centerness, labels))
         if centerness_target is not None:
-            centerness_target = centerness_target.reshape(images, length)
-    levels, scores = [pred.transpose(1, 2).unsqueeze(-1)], [centerness[:, None, :, None]]
-    return levels, scores, (target, labels, centerness_target)
-
-
-def _centerness(ltrb: Tensor) -> Tensor:
-    """Centerness [...] of locations with distances [..., 4]; 0 outside of the box."""
-    l_, t_, r_, b_ = ltrb.unbind(-1)
-
-    def balance(a: Tensor, b: Tensor) -> Tensor:
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
-        empty = high <= 0
-        return torch.where(empty, 0.0, low.clamp(min=0) / torch.where(empty, 1.0, high))
-
-    return torch.sqrt(balance(l_, r_) * balance(t_, b_))
-
-
-def _check(
-    pred: Tensor | Sequence[Tensor],
-    centerness: Tensor | Sequence[Tensor],
-    target: Tensor,
-    labels: Tensor,
-    centerness_target: Tensor | None,
-    quality: str,
-    kind: str,
-    smooth: float,
-    eps: float,
-    num_classes: int | None,
-    normalizers: Tensor | None,
-) -> None:
-    if isinstance(pred, Tensor) and isinstance(centerness, Tensor):
-        per_row = {"centerness": centerness, "centerness_target": centerness_target}
-        check_rows(_OP, pred, target, labels, per_row)
-        device = pred.device
-    elif isinstance(pred, Tensor) or isinstance(centerness, Tensor):
-        raise TypeError(
-            f"{_OP}: pred and centerness must both be tensors or both levels, got "
-            f"{type(pred).__name__} and {type(centerness).__name__}"
-        )
-    else:
-        _check_levels(pred, centerness, target, labels, centerness_target)
-        device = pred[0].device
-    check_options(_OP, kind, smooth, eps)
-    if quality not in _QUALITIES:
-        raise ValueError(f"{_OP}: quality must be one of {_QUALITIES}, got {quality!r}")
-    if num_classes is not None and num_classes < 0:
-        raise ValueError(f"{_OP}: num_classes must be >= 0, got {num_classes}")
-    if normalizers is None:
-        return
-    if not normalizers.is_floating_point():
-        raise TypeError(f"{_OP}: normalizers must be floating point, got {normalizers.dtype}")
-    if normalizers.shape != (2,):
-        raise ValueError(f"{_OP}: normalizers must have shape [2], got {list(normalizers.shape)}")
-    if normalizers.device != device:
-        raise ValueError(
-            f"{_OP}: normalizers must be on the device of pred, {device}, got {normalizers.device}"
-        )
-
-
-def _check_levels(
-    pred: Sequence[Tensor],
-    centerness: Sequence[Tensor],
-    target: Tensor,
-    labels: Tensor,
-    centerness_target: Tensor | None,
-) -> None:
-    images, locations = check_levels(_OP, "pred", pred, channels=4)
-    check_levels(_OP, "centerness", centerness, channels=1)
-    shapes = [[(x.shape[0], *x.shape[2:]) for x in levels] for levels in (pred, centerness)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{_OP}: pred and centerness must agree in N, H_l and W_l of every level, got "
-            f"{shapes[0]} and {shapes[1]}"
-        )
-    for level in (*pred, *centerness):
-        if level.device != pred[0].device:
-            raise ValueError(
-                f"{_OP}: all levels must be on the same device, {pred[0].device}, got "
-                f"{level.device}"
-            )
-    per_row = {"centerness_target": centerness_target}
-    check_row_targets(_OP, (images, locations), pred[0].device, target, labels, per_row)
+            centerness_target = centerness_target.reshape(rows)
+    return [pred], [centerness], (target, labels, centerness_target)
 
 
 # ---- the operators: shapes and gradients --------------------------------------------------------
@@ -374,45 +205,33 @@ def _fake_rescale_(*arguments: Any) -> None:
     return None
 
 
-def _save(
-    ctx: Any, tensors: tuple[Tensor | None, ...], levels: Sequence[Tensor], options: Any
-) -> None:
-    """Keep target, labels, centerness_target, normalizers, and the levels of both branches."""
-    ctx.options = options
-    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
-    ctx.save_for_backward(*tensors, *levels)
-
-
-def _arguments(
-    tensors: Sequence[Tensor | None], levels: Sequence[Tensor], options: Any
-) -> tuple[Any, ...]:
-    """Of the operators, from ``pred`` on; see :func:`_save`."""
-    half = len(levels) // 2
-    return levels[:half], levels[half:], *tensors, *options
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def _arguments(ctx: Any) -> tuple[Any, ...]:
+    """Of the operators, from ``pred`` on."""
     tensors = ctx.saved_tensors
-    return _arguments(tensors[:4], tensors[4:], ctx.options)
+    others, levels = tensors[:4], tensors[4:]
+    half = len(levels) // 2
+    return levels[:half], levels[half:], *others, *ctx.options
 
 
-def _incoming(ctx: Any, *grads: Tensor | None) -> list[Tensor]:
+def _incoming(pred: Tensor, *grads: Tensor | None) -> list[Tensor]:
     """Gradients of ``box`` and ``centerness``: 0 of one that nobody used."""
-    pred = ctx.saved_tensors[4]
     return [pred.new_zeros((), dtype=sum_dtype(pred)) if g is None else g for g in grads]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, centerness, *others = inputs
+    ctx.options = others[4:]
     ctx.mark_non_differentiable(*output[2:])
-    _save(ctx, tuple(others[:4]), (*pred, *centerness), others[4:])
+    ctx.set_materialize_grads(False)  # or the results without a gradient would cost a launch each
+    ctx.save_for_backward(*others[:4], *pred, *centerness)
 
 
 def _backward(
     ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
+    arguments = _arguments(ctx)
     gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
-        *_incoming(ctx, grad_box, grad_centerness), *_saved(ctx)
+        *_incoming(arguments[0][0], grad_box, grad_centerness), *arguments
     )
     return *gradients, *[None] * (4 + len(ctx.options))
 
@@ -429,23 +248,24 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any,
         fused: bool,
-        target: Tensor,
-        labels: Tensor,
-        centerness_target: Tensor | None,
-        normalizers: Tensor | None,
+        tensors: tuple[Tensor | None, ...],
         options: tuple[Any, ...],
         *levels: Tensor,
     ) -> tuple[Tensor, ...]:
-        _save(ctx, (target, labels, centerness_target, normalizers), levels, options)
-        arguments = _arguments((target, labels, centerness_target, normalizers), levels, options)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *levels)
+        half = len(levels) // 2
+        arguments = (levels[:half], levels[half:], *tensors, *options)
         ctx.gradients = None
-        if fused:
-            *sums, by_pred, by_centerness = (
-                torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(*arguments)
-            )
-            ctx.gradients = by_pred, by_centerness
-        else:
-            sums = torch.ops.fcos_ext.box_and_centerness_loss(*arguments)
+        with below_autograd():
+            if fused:
+                *sums, by_pred, by_centerness = (
+                    torch.ops.fcos_ext.box_and_centerness_loss_with_gradient(*arguments)
+                )
+                ctx.gradients = by_pred, by_centerness
+            else:
+                sums = torch.ops.fcos_ext.box_and_centerness_loss(*arguments)
         ctx.mark_non_differentiable(*sums[2:])
         return tuple(sums)
 
@@ -453,15 +273,23 @@ class _Loss(torch.autograd.Function):
     def backward(
         ctx: Any, grad_box: Tensor | None, grad_centerness: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
-        grads = _incoming(ctx, grad_box, grad_centerness)
+        arguments = _arguments(ctx)
+        grads = _incoming(arguments[0][0], grad_box, grad_centerness)
         gradients, ctx.gradients = ctx.gradients, None
-        # With create_graph=True the operator is called, so that its second derivative can raise.
-        if gradients is None or torch.is_grad_enabled():
-            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *_saved(ctx))
+        if torch.is_grad_enabled():  # create_graph=True: the second derivative has to raise
+            gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(*grads, *arguments)
         else:
-            torch.ops.fcos_ext.box_and_centerness_loss_rescale_(*gradients, *grads, *_saved(ctx))
+            with below_autograd():
+                if gradients is None:
+                    gradients = torch.ops.fcos_ext.box_and_centerness_loss_backward(
+                        *grads, *arguments
+                    )
+                else:
+                    torch.ops.fcos_ext.box_and_centerness_loss_rescale_(
+                        *gradients, *grads, *arguments
+                    )
         by_pred, by_centerness = gradients
-        return *[None] * 6, *by_pred, *by_centerness
+        return None, None, None, *by_pred, *by_centerness
 
 
 register(_OP, fake=_fake, setup_context=_setup_context, backward=_backward)

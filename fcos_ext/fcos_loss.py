@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
-from ._levels import check_levels
-from .assign_targets import AssignedTargets, Boundary, assign_targets, assign_targets_ref
-from .box_and_centerness_loss import (
-    Quality,
-    box_and_centerness_loss,
-    box_and_centerness_loss_ref,
-)
-from .fcos_normalizers import fcos_normalizers, fcos_normalizers_ref
-from .iou_loss import IoUKind
+from ._levels import check_levels, check_normalizers, check_parts
+from .assign_targets import AssignedTargets, assign_targets, assign_targets_ref
+from .box_and_centerness_loss import box_and_centerness_loss, box_and_centerness_loss_ref
+from .fcos_loss_options import BoxWeights, FCOSLossOptions, GroundTruth
+from .fcos_normalizers import fcos_normalizers_and_labels, fcos_normalizers_ref
 from .sigmoid_focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_ref
 
 _OP = "fcos_loss"
 
-BoxWeights = Literal["centerness", "none"]
 _BOX_WEIGHTS = get_args(BoxWeights)
 Reduce = Callable[[Tensor], Tensor]
 Levels = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class FCOSLossOptions:
-    """What :func:`fcos_loss` computes. The defaults are those of FCOS with its improvements."""
-
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
-    """Of each level, in pixels."""
-    size_ranges: tuple[tuple[float, float], ...] = (
-        (0, 64),
-        (64, 128),
-        (128, 256),
-        (256, 512),
-        (512, math.inf),
-    )
-    """Of each level, what max(l, t, r, b) must lie in, in pixels."""
-    center_sampling_radius: float = 1.5
-    """Positives lie within radius * stride of the centre; 0: anywhere in the box."""
-    boundary: Boundary = "inclusive"
-    """Which ends belong to a size range; see :func:`fcos_ext.assign_targets`."""
-    normalize_ltrb: bool = True
-    """The distances are predicted in strides, not in pixels."""
-    alpha: float = 0.25
-    """Weight of a positive in the focal loss; -1: no weights."""
-    gamma: float = 2.0
-    """Focusing exponent of the focal loss."""
-    box_loss: IoUKind = "giou"
-    """See :func:`fcos_ext.iou_loss`."""
-    box_weights: BoxWeights = "centerness"
-    """Weight of a positive's box loss: its centerness target, or "none"."""
-    quality: Quality = "centerness"
-    """What the centerness branch learns: the centerness, or "iou", the overlap of the predicted
-    box with the true one, through which no gradient flows."""
-
-
-class GroundTruth(NamedTuple):
-    """The boxes of a batch, as :func:`fcos_ext.assign_targets` takes them."""
-
-    boxes: Tensor
-    """Tensor[K, 4], packed, or Tensor[N, M, 4], padded: x0, y0, x1, y1 in pixels."""
-    labels: Tensor
-    """Tensor[K] or Tensor[N, M]: class of each box, int64 or int32."""
-    offsets: Tensor | None = None
-    """Tensor[N + 1], of packed boxes: image i owns the boxes offsets[i] up to offsets[i + 1]."""
-    counts: Tensor | None = None
-    """Tensor[N], of padded boxes: image i owns the first counts[i] of its M boxes."""
 
 
 class FCOSLoss(NamedTuple):
@@ -87,8 +35,9 @@ class FCOSLoss(NamedTuple):
     num_pos: Tensor
     """int64: positive locations of these predictions, before ``reduce``."""
     num_ignored: Tensor
-    """int64: locations whose label names no class of the head. Anything but 0 means that the labels
-    of the ground truth and the head do not fit."""
+    """int64: locations whose label names no class of the head, nor is -1. They take no part. Unless
+    it was meant, anything but 0 means that the labels of the ground truth and the head do not fit;
+    ``FCOSLossOptions(debug=True)`` then stops at the first such batch."""
 
 
 def fcos_loss(
@@ -116,10 +65,11 @@ def fcos_loss(
     has nothing left to do, any other recomputes. On CUDA that is six launches in all: the targets,
     the two sums, two losses with their gradients, and in the backward pass two that look at the
     incoming gradient. The host waits for nothing, and with padded boxes a CUDA graph can hold it
-    all. Of memory, the gradients and some 30 bytes a location are needed.
+    all. Of memory, the gradients and 20 bytes a location are needed.
 
-    A location whose label is not below C, or below -1, takes no part and gets zero gradient.
-    Results are the same to the bit in every run, on any number of threads.
+    A location whose label is not below C, or below -1, takes no part, gets zero gradient and is
+    counted. Non-finite predictions show up in their own term, or, as distances or centerness of the
+    background, not at all. Results are the same to the bit in every run, on any number of threads.
 
     Args:
         predictions: (logits, ltrb, centerness), of each a sequence over 1 to 8 levels:
@@ -136,23 +86,26 @@ def fcos_loss(
 
     Returns:
         FCOSLoss: 0-d tensors, float32 (float64 for float64 predictions), and int64 counts. Nothing
-        is differentiable twice. Non-finite predictions show up in them.
+        is differentiable twice.
 
     Raises:
         TypeError: a tensor has the wrong kind of dtype, or ``reduce`` returns no tensor.
         ValueError: shapes, devices or numbers of levels do not agree, or an option is out of its
-            range; and what :func:`assign_targets` raises.
+            range; and what :func:`assign_targets` raises: on the CPU, too, that an image has more
+            boxes than there is room for.
+        RuntimeError: with ``debug``, a value is out of its range.
     """
     _check(predictions, options, reduce, normalizers)
     logits, ltrb, centerness = predictions
     num_classes = logits[0].shape[1]
     targets = _targets(predictions, ground_truth, options, assign_targets)
-    labels, true_ltrb, true_centerness = targets.labels, targets.ltrb, targets.centerness
-    del targets, ground_truth  # what else they hold is not needed any more
+    labels, true_ltrb = targets.labels, targets.ltrb
     if normalizers is None:
-        normalizers = fcos_normalizers(labels, true_centerness, num_classes)
+        normalizers, labels = fcos_normalizers_and_labels(labels, targets.centerness, num_classes)
         if reduce is not None:
             normalizers = _reduced(reduce, normalizers)
+    true_centerness = _own_centerness(ground_truth)
+    del targets, ground_truth  # before the gradients need memory
     cls = sigmoid_focal_loss(
         logits,
         labels,
@@ -202,7 +155,7 @@ def fcos_loss_ref(
         centerness,
         targets.ltrb,
         targets.labels,
-        centerness_target=targets.centerness,
+        centerness_target=_own_centerness(ground_truth),
         weighted=options.box_weights == "centerness",
         quality=options.quality,
         kind=options.box_loss,
@@ -256,22 +209,49 @@ def _targets(
             f"{_OP}: ground_truth must be on the device of the logits, {logits[0].device}, got "
             f"{targets.labels.device}"
         )
+    if options.debug:
+        _check_values(ground_truth, targets, logits[0].shape[1])
     return targets
+
+
+def _check_values(
+    ground_truth: GroundTruth | AssignedTargets, targets: AssignedTargets, num_classes: int
+) -> None:
+    """Raise, or on a GPU stop the device, unless all labels, counts and offsets are in range."""
+    labels = targets.labels
+    if isinstance(ground_truth, AssignedTargets):
+        known = (labels >= -2) & (labels < num_classes)
+        rule = "must lie in -2..C-1"
+    else:
+        _, _, offsets, counts = ground_truth
+        room, count = ground_truth.boxes.shape[-2], counts
+        if offsets is not None:
+            first, last = offsets[:1] == 0, offsets[-1:] == room
+            _assert("offsets must start at 0 and end at K", torch.cat((first, last)))
+            count = offsets.diff()
+        if count is not None:
+            _assert("an image must have 0..M boxes", (count >= 0) & (count <= room))
+        of_box = targets.matched >= 0
+        known = ~of_box | ((labels >= 0) & (labels < num_classes))
+        rule = "of boxes must lie in 0..C-1"
+    _assert(f"labels {rule}, C = {num_classes}", known)
+
+
+def _assert(rule: str, holds: Tensor) -> None:
+    torch._assert_async(holds.all(), f"{_OP}: {rule}")
+
+
+def _own_centerness(ground_truth: GroundTruth | AssignedTargets) -> Tensor | None:
+    """The targets that the caller has made; None: those that follow from the distances."""
+    return ground_truth.centerness if isinstance(ground_truth, AssignedTargets) else None
 
 
 def _reduced(reduce: Reduce, sums: Tensor) -> Tensor:
     result = reduce(sums)
     if not isinstance(result, Tensor):
         raise TypeError(f"{_OP}: reduce must return a tensor, got {type(result).__name__}")
-    _check_normalizers("what reduce returns", result)
+    check_normalizers(_OP, "what reduce returns", result)
     return result
-
-
-def _check_normalizers(name: str, normalizers: Tensor) -> None:
-    if not normalizers.is_floating_point():
-        raise TypeError(f"{_OP}: {name} must be floating point, got {normalizers.dtype}")
-    if normalizers.shape != (2,):
-        raise ValueError(f"{_OP}: {name} must have shape [2], got {list(normalizers.shape)}")
 
 
 def _check(
@@ -284,24 +264,10 @@ def _check(
         raise ValueError(
             f"{_OP}: predictions must be (logits, ltrb, centerness), got {len(predictions)} parts"
         )
-    names = ("logits", "ltrb", "centerness")
-    for name, levels, channels in zip(names, predictions, (None, 4, 1), strict=True):
+    parts = dict(zip(("logits", "ltrb", "centerness"), predictions, strict=True))
+    for (name, levels), channels in zip(parts.items(), (None, 4, 1), strict=True):
         check_levels(_OP, name, levels, channels)
-    logits, *others = predictions
-    grid = [(level.shape[0], *level.shape[2:]) for level in logits]
-    for name, levels in zip(names[1:], others, strict=True):
-        if (other := [(level.shape[0], *level.shape[2:]) for level in levels]) != grid:
-            raise ValueError(
-                f"{_OP}: {name} must agree with logits in N, H_l and W_l of every level, got "
-                f"{other} and {grid}"
-            )
-    for name, levels in zip(names, predictions, strict=True):
-        for level in levels:
-            if level.device != logits[0].device:
-                raise ValueError(
-                    f"{_OP}: {name} must be on the device of the first level, "
-                    f"{logits[0].device}, got {level.device}"
-                )
+    check_parts(_OP, parts)
     if options.box_weights not in _BOX_WEIGHTS:
         raise ValueError(
             f"{_OP}: box_weights must be one of {_BOX_WEIGHTS}, got {options.box_weights!r}"
@@ -310,9 +276,9 @@ def _check(
         return
     if reduce is not None:
         raise ValueError(f"{_OP}: either reduce or normalizers can be given, got both")
-    _check_normalizers("normalizers", normalizers)
-    if normalizers.device != logits[0].device:
+    check_normalizers(_OP, "normalizers", normalizers)
+    if normalizers.device != (device := predictions[0][0].device):
         raise ValueError(
-            f"{_OP}: normalizers must be on the device of the logits, {logits[0].device}, got "
+            f"{_OP}: normalizers must be on the device of the logits, {device}, got "
             f"{normalizers.device}"
         )

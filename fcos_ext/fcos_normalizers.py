@@ -41,6 +41,25 @@ def fcos_normalizers(labels: Tensor, centerness: Tensor, num_classes: int | None
     return sums
 
 
+def fcos_normalizers_and_labels(
+    labels: Tensor, centerness: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """What :func:`fcos_normalizers` returns, and from the same launch the labels in half the bytes.
+
+    Those are int32, -2 for each that is neither -1 nor the number of a class: what is ignored stays
+    so. ``num_classes`` is below 2^31.
+    """
+    _check(labels, centerness, num_classes)
+    if labels.device.type not in _DEVICES:
+        known = (labels >= -1) & (labels < num_classes)
+        narrow = torch.where(known, labels, -2).to(torch.int32)
+        return fcos_normalizers_ref(labels, centerness, num_classes), narrow
+    results: tuple[Tensor, Tensor] = torch.ops.fcos_ext.fcos_normalizers_and_labels(
+        labels, centerness, num_classes
+    )
+    return results
+
+
 @torch.no_grad()
 def fcos_normalizers_ref(
     labels: Tensor, centerness: Tensor, num_classes: int | None = None
@@ -77,4 +96,10 @@ def _fake(labels: Tensor, *others: Any) -> Tensor:
     return labels.new_empty((2,), dtype=torch.float32)
 
 
+def _fake_and_labels(labels: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    narrow = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+    return _fake(labels), narrow
+
+
 register_constant(_OP, fake=_fake)
+register_constant(f"{_OP}_and_labels", fake=_fake_and_labels)

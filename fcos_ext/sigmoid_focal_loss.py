@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from ._levels import check_levels, flatten, new_like
-from ._library import kernels, register
+from ._levels import new_like, sum_dtype
+from ._library import below_autograd, kernels, register
+from ._sigmoid_focal_loss_ref import Reduction, check_arguments, num_participating, reference
 
 _DEVICES = kernels("sigmoid_focal_loss")
 
-Reduction = Literal["none", "mean", "sum"]
 F = TypeVar("F")
 
 
@@ -115,11 +115,11 @@ def sigmoid_focal_loss(
         ValueError: an argument is out of its range or has the wrong shape.
         TypeError: logits are not floating point, or labels are not integers.
     """
-    _check(logits, labels, alpha, gamma, quality, reduction, normalizer)
+    check_arguments(logits, labels, alpha, gamma, quality, reduction, normalizer)
     levels = [logits] if isinstance(logits, Tensor) else list(logits)
     if levels[0].device.type not in _DEVICES:
-        return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
-    dtype = _sum_dtype(levels[0])
+        return reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
+    dtype = sum_dtype(levels[0])
     if quality is not None:
         quality = quality.detach().to(dtype)
     if isinstance(logits, Tensor):  # locations one by one, in one column
@@ -131,17 +131,16 @@ def sigmoid_focal_loss(
         each = torch.ops.fcos_ext.sigmoid_focal_loss_each(levels, labels, quality, alpha, gamma)
         return each[0].view(logits.shape) if isinstance(logits, Tensor) else list(each)
     if reduction == "mean":
-        normalizer = _num_participating(labels, levels[0].shape[1])
+        normalizer = num_participating(labels, levels[0].shape[1])
     if normalizer is not None:
         normalizer = normalizer.detach().to(dtype)
-    if (
-        fused_gradient
-        and torch.is_grad_enabled()
-        and any(level.requires_grad for level in levels)
-        and not torch.compiler.is_compiling()
-    ):
-        return _FusedGradient.apply(labels, quality, normalizer, alpha, gamma, *levels)
-    return torch.ops.fcos_ext.sigmoid_focal_loss(levels, labels, quality, normalizer, alpha, gamma)
+    arguments = (labels, quality, normalizer, alpha, gamma)
+    if torch.compiler.is_compiling():
+        return torch.ops.fcos_ext.sigmoid_focal_loss(levels, *arguments)
+    if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
+        return _Loss.apply(fused_gradient, *arguments, *levels)
+    with below_autograd():
+        return torch.ops.fcos_ext.sigmoid_focal_loss(levels, *arguments)
 
 
 @_typed_like(sigmoid_focal_loss)
@@ -160,125 +159,15 @@ def sigmoid_focal_loss_ref(
 
     ``fused_gradient`` has no effect.
     """
-    _check(logits, labels, alpha, gamma, quality, reduction, normalizer)
-    return _reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
-
-
-def _reference(
-    logits: Tensor | Sequence[Tensor],
-    labels: Tensor,
-    alpha: float,
-    gamma: float,
-    quality: Tensor | None,
-    reduction: Reduction,
-    normalizer: Tensor | None,
-) -> Tensor | list[Tensor]:
-    if isinstance(logits, Tensor):
-        each = _each_ref(logits, labels, alpha, gamma, quality)
-    else:  # [N, L, C], as the labels
-        each = _each_ref(flatten(logits), labels, alpha, gamma, quality)
-    if reduction == "none" and isinstance(logits, Tensor):
-        return each.to(logits.dtype)
-    if reduction == "none":
-        parts = each.split([level.shape[2] * level.shape[3] for level in logits], dim=1)
-        pairs = zip(parts, logits, strict=True)
-        return [part.transpose(1, 2).reshape(level.shape).to(level.dtype) for part, level in pairs]
-    if reduction == "mean":
-        normalizer = _num_participating(labels, each.shape[-1])
-    total = each.sum()
-    return total if normalizer is None else total / normalizer.detach().to(total).clamp(min=1)
-
-
-def _each_ref(
-    logits: Tensor, labels: Tensor, alpha: float, gamma: float, quality: Tensor | None
-) -> Tensor:
-    """Loss of each logit [..., C], in the dtype of sums."""
-    x = logits.to(_sum_dtype(logits))
-    positive = labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
-    # log(p_t) = -softplus(-z), with z the logit of the right answer
-    z = torch.where(positive, x, -x)
-    # tensors of this dtype: where() makes float32 of two numbers
-    of_positive, of_negative = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
-    alpha_t = torch.where(positive, x.new_full((), of_positive), x.new_full((), of_negative))
-    # logsigmoid keeps what 1 - p_t and log(p_t) would lose to cancellation
-    log_p_t = torch.nn.functional.logsigmoid(z)
-    loss = alpha_t * torch.exp(gamma * torch.nn.functional.logsigmoid(-z)) * -log_p_t
-    if quality is not None:
-        y = quality.detach().to(x).unsqueeze(-1)
-        # |y - p|, with a floor, below which the gradient is 0 and not 0 times infinity
-        difference = y * torch.sigmoid(-x) - (1 - y) * torch.sigmoid(x)
-        distance = difference.abs().clamp(min=torch.finfo(x.dtype).tiny)
-        log_p, log_q = (torch.nn.functional.logsigmoid(z) for z in (x, -x))
-        entropy = -(y * log_p + (1 - y) * log_q)
-        loss = torch.where(positive, alpha_t * distance**gamma * entropy, loss)
-    counts = ((labels >= -1) & (labels < x.shape[-1])).unsqueeze(-1)
-    return torch.where(counts, loss, torch.zeros_like(loss))
-
-
-def _sum_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _num_participating(labels: Tensor, num_classes: int) -> Tensor:
-    """Number of logits (0-d) at locations that are not ignored."""
-    return ((labels >= -1) & (labels < num_classes)).sum() * num_classes
-
-
-def _check(
-    logits: Tensor | Sequence[Tensor],
-    labels: Tensor,
-    alpha: float,
-    gamma: float,
-    quality: Tensor | None,
-    reduction: str,
-    normalizer: Tensor | None,
-) -> None:
-    op = "sigmoid_focal_loss"
-    if isinstance(logits, Tensor):
-        dtype = logits.dtype
-        if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{op}: labels must have the shape of logits without its last dimension, got "
-                f"labels {tuple(labels.shape)} and logits {tuple(logits.shape)}"
-            )
-    else:
-        expected = check_levels(op, "logits", logits)
-        dtype = logits[0].dtype
-        if tuple(labels.shape) != expected:
-            raise ValueError(
-                f"{op}: labels must be [N, L] = {expected}, a label for each location of all "
-                f"levels, got {tuple(labels.shape)}"
-            )
-    if not dtype.is_floating_point:
-        raise TypeError(f"{op}: logits must be floating point, got {dtype}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: labels must be int64 or int32, got {labels.dtype}")
-    if alpha != -1 and not 0 <= alpha <= 1:
-        raise ValueError(f"{op}: alpha must lie in 0..1, or be -1 for no weights, got {alpha}")
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"{op}: gamma must be finite and >= 0, got {gamma}")
-    if quality is not None and not quality.is_floating_point():
-        raise TypeError(f"{op}: quality must be floating point, got {quality.dtype}")
-    if quality is not None and quality.shape != labels.shape:
-        raise ValueError(
-            f"{op}: quality must have the shape of labels, got quality {tuple(quality.shape)} and "
-            f"labels {tuple(labels.shape)}"
-        )
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if normalizer is not None and reduction != "sum":
-        raise ValueError(f"{op}: normalizer needs reduction='sum', got {reduction!r}")
-    if normalizer is not None and normalizer.dim() != 0:
-        raise ValueError(
-            f"{op}: normalizer must be a 0-d tensor, got shape {tuple(normalizer.shape)}"
-        )
+    check_arguments(logits, labels, alpha, gamma, quality, reduction, normalizer)
+    return reference(logits, labels, alpha, gamma, quality, reduction, normalizer)
 
 
 # ---- the operators: shapes and gradients --------------------------------------------------------
 
 
 def _fake(logits: Sequence[Tensor], *others: Any) -> Tensor:
-    return logits[0].new_empty((), dtype=_sum_dtype(logits[0]))
+    return logits[0].new_empty((), dtype=sum_dtype(logits[0]))
 
 
 def _fake_backward(grad: Tensor | Sequence[Tensor], logits: Sequence[Tensor], *others: Any) -> Any:
@@ -314,16 +203,18 @@ def _each_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     return gradients, None, None, None, None
 
 
-class _FusedGradient(torch.autograd.Function):
-    """The reduced loss, whose gradient is made along with it.
+class _Loss(torch.autograd.Function):
+    """The reduced loss, whose gradient is, if it is to be fused, made along with it.
 
-    The buffer of the gradient is handed over at the first backward pass, and from then on belongs
-    to whoever received it; later passes make their own.
+    Its buffer is handed over at the first backward pass, and from then on belongs to whoever
+    received it; later passes make their own. Without a buffer it does what the operator's own
+    gradient does, in less time: that one is wrapped for lists of tensors.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        fused: bool,
         labels: Tensor,
         quality: Tensor | None,
         normalizer: Tensor | None,
@@ -333,23 +224,32 @@ class _FusedGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(labels, quality, normalizer, *logits)
         ctx.alpha, ctx.gamma = alpha, gamma
-        loss, ctx.gradients = torch.ops.fcos_ext.sigmoid_focal_loss_with_gradient(
-            logits, labels, quality, normalizer, alpha, gamma
-        )
+        ctx.gradients = None
+        arguments = (logits, labels, quality, normalizer, alpha, gamma)
+        with below_autograd():
+            if fused:
+                loss, ctx.gradients = torch.ops.fcos_ext.sigmoid_focal_loss_with_gradient(
+                    *arguments
+                )
+            else:
+                loss = torch.ops.fcos_ext.sigmoid_focal_loss(*arguments)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        # With create_graph=True the operator is called, so that its second derivative can raise.
-        if gradients is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True: the second derivative has to raise
             gradients, *_ = _backward(ctx, grad)
         else:
-            labels, quality, normalizer, *logits = ctx.saved_tensors
-            torch.ops.fcos_ext.sigmoid_focal_loss_rescale_(
-                gradients, grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
-            )
-        return None, None, None, None, None, *gradients
+            with below_autograd():
+                if gradients is None:
+                    gradients, *_ = _backward(ctx, grad)
+                else:
+                    labels, quality, normalizer, *logits = ctx.saved_tensors
+                    torch.ops.fcos_ext.sigmoid_focal_loss_rescale_(
+                        gradients, grad, logits, labels, quality, normalizer, ctx.alpha, ctx.gamma
+                    )
+        return *[None] * 6, *gradients
 
 
 register("sigmoid_focal_loss", fake=_fake, setup_context=_setup_context, backward=_backward)

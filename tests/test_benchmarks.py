@@ -19,9 +19,13 @@ from benchmarks import (
     bench_nms,
     bench_sigmoid_focal_loss,
     bench_train_step,
+    figures,
+    harness,
     shapes,
+    summary,
 )
 from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
+from fcos import cli
 
 CPU = torch.device("cpu")
 ZERO = torch.tensor([0])
@@ -133,3 +137,55 @@ def test_shapes() -> None:
     labels = shapes.make_labels(50_000, 80, torch.Generator().manual_seed(0))
     assert labels.min() == -1 and labels.max() == 79
     assert (labels >= 0).float().mean().item() == pytest.approx(shapes.POSITIVE_SHARE, rel=0.3)
+
+
+def test_summary_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    """README's table, docs/benchmarks.md and the plots are those of the committed rows."""
+    assert summary.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_goals_name_rows_that_exist(tmp_path: Path) -> None:
+    """A goal whose settings no benchmark has would be "not measured" for ever."""
+    for goal in figures.GOALS:
+        if (harness.RESULTS / f"{goal.op}-cpu{goal.suffix}.json").exists():
+            assert figures.Figures().ratios(goal), goal
+
+
+def test_summary_of_other_results(tmp_path: Path) -> None:
+    settings = {"op": "nms", "mode": "keep all", "shape": [5000, 4], "boxes": "random"}
+    settings |= {"groups": 80, "dtype": "float32", "threads": 2}
+    rows = [
+        settings | {"provider": OURS, "median_ms": 2.0},
+        settings | {"provider": "torchvision", "median_ms": 7.0},
+    ]
+    (tmp_path / "nms-cpu.json").write_text(json.dumps(rows))
+    table = summary.table(figures.Figures(folder=tmp_path))
+    assert table.splitlines()[2:] == [
+        "| `batched_nms`, 5,000 boxes, 80 classes | 2 ms | 3.5 x | | |"
+    ]
+    goals = [g for g in figures.GOALS if g.op == "nms" and g.where.get("groups") == 80]
+    lines = [summary._goal_line(g, figures.Figures(folder=tmp_path).ratios(g)) for g in goals]
+    assert (
+        "| `batched_nms`, 5,000 random boxes | torchvision | 4 x | 3.50 x | **missed** |" in lines
+    )
+    assert sum("not measured" in line for line in lines) == len(lines) - 1
+
+
+def test_all_of_them_by_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[str, list[str]]] = []
+
+    def note(op: str, cases: Any, arguments: list[str]) -> int:
+        calls.append((op, arguments))
+        return int(op == "nms")
+
+    monkeypatch.setattr(harness, "main", note)
+    assert cli.main(["bench", "--quick"]) == 1
+    files = Path(harness.__file__).parent.glob("bench_*.py")
+    assert {op for op, _ in calls} == {file.stem.removeprefix("bench_") for file in files}
+    assert all(arguments == ["--device", "cpu", "--quick"] for _, arguments in calls)
+    assert cli.main(["bench", "iou_loss"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "iou"])
+    assert "unknown benchmark iou; known are accelerate, " in capsys.readouterr().err

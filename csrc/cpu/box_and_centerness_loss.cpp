@@ -8,8 +8,8 @@
 namespace fcos_ext {
 namespace {
 
-// Tiles that are worth a thread: about 100 us.
-constexpr int64_t kGrain = 16;
+// Tiles that are worth a thread: 10 to 20 us.
+constexpr int64_t kGrain = 4;
 
 // The rows of a level in one image, which are numbered as the labels are.
 template <typename Pointer>

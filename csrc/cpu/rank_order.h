@@ -47,12 +47,13 @@ class RankOrder {
     ends_.resize(buckets);
   }
 
-  // Calls f(index) in rank order until it returns false.
-  template <typename F>
-  FCOS_INLINE void visit(const F& f) {
+  // Calls f(index) in rank order until it returns false. before(i, j) tells which of two
+  // candidates of equal score comes first.
+  template <typename F, typename Before = std::less<>>
+  FCOS_INLINE void visit(const F& f, const Before& before = {}) {
     uint32_t begin = 0;
     for (const uint32_t end : ends_) {
-      sort(ranks_.data() + begin, ranks_.data() + end);
+      sort(ranks_.data() + begin, ranks_.data() + end, before);
       for (; begin < end; ++begin)
         if (!f(index_of(ranks_[begin]))) return;
     }
@@ -61,8 +62,12 @@ class RankOrder {
  private:
   static constexpr int kMaxLogBuckets = 12;
 
-  __attribute__((noinline)) static void sort(Rank<score_t>* begin, Rank<score_t>* end) {
-    std::sort(begin, end, std::greater<>());
+  template <typename Before>
+  __attribute__((noinline)) static void sort(Rank<score_t>* begin, Rank<score_t>* end,
+                                             const Before& before) {
+    std::sort(begin, end, [&](Rank<score_t> a, Rank<score_t> b) {
+      return a >> 32 != b >> 32 ? a > b : before(index_of(a), index_of(b));
+    });
   }
 
   std::vector<OrderKey<score_t>> keys_;

@@ -1,135 +1,48 @@
 #include "kernel_table.cuh"
 #include "launch.cuh"
 #include "padded_batched_nms.cuh"
-#include "padded_batched_nms_chunks.cuh"
-#include "postprocess_select.cuh"
+#include "postprocess_best.cuh"
 
 namespace fcos_ext {
 namespace {
 
 using namespace post;
 
-// ---- the best of each level, and their boxes ----
+// ---- what overlaps are computed of ----
 
-// What has been appended to a buffer.
-struct Survivors {
-  using R = Rank<float>;
-  static constexpr int kUnroll = 4;
-  const R* ranks;
-  int K;
-  __device__ __forceinline__ R rank(int i) const { return ranks[i]; }
-};
-
-// All logits, each scored again whenever it is asked for.
-template <typename scalar_t>
-struct AllPairs {
-  using R = Rank<float>;
-  static constexpr int kUnroll = 1;
-  const Logits<scalar_t>& logits;
-  int K;
-  __device__ __forceinline__ R rank(int i) const {
-    using acc = acc_t<scalar_t>;
-    if (static_cast<acc>(logits.data[i]) <= static_cast<acc>(logits.a.cutoff.any)) return 0;
-    int flat;
-    const float score = logits.score(i, &flat);
-    return score > 0.0f ? rank_of<float>(order_key(score), flat) : R(0);
-  }
-};
-
-struct ChunkShared {
-  Rank<float> ranks[padded::kChunk];
-  unsigned bins[padded::kBins];
-  unsigned warp_sums[padded::kWarps];
-  int num_ranks, num_bins;
-  unsigned dropped;
-};
-
-// Writes candidate number `at` of an image and level.
-template <typename scalar_t>
-__device__ __forceinline__ void write_candidate(const Logits<scalar_t>& logits, Rank<float> rank,
-                                                int at, ChunkShared& s) {
-  const Args& a = logits.a;
-  const PostprocessLevel& level = logits.d.level;
-  const unsigned flat = static_cast<unsigned>(index_of(rank));
-  const unsigned location = a.classes.quotient(flat);
-  const int y = static_cast<int>(logits.d.width.quotient(location));
-  const int x = static_cast<int>(location) - y * level.width;
-  const Maps& ltrb = level.ltrb;
-  const int64_t from = ltrb.offset(logits.n, y, x);
-  float distances[4];
-#pragma unroll
-  for (int side = 0; side < 4; ++side)
-    distances[side] = ltrb.numbers.at<float>(from + side * ltrb.channel);
-  Box box = level.grid.decode(y, x, distances[0], distances[1], distances[2], distances[3]);
-  const bool finite = is_finite(box);
-  if (!finite) atomicAdd(&s.dropped, 1u);
-  if (a.clip)
-    box = clipped(box, a.image_sizes.at<float>(2 * logits.n),
-                  a.image_sizes.at<float>(2 * logits.n + 1));
-  const int64_t to = logits.n * a.candidates + level.first_candidate + at;
-  a.boxes[to] = make_float4(box.x0, box.y0, box.x1, box.y1);
-  a.scores[to] = score_of_key(static_cast<OrderKey<float>>(rank >> 32));
-  a.labels[to] =
-      finite && has_area(box) ? static_cast<int>(flat - location * a.classes.divisor) : -1;
-}
-
-// Writes the best of a source, whose ranks are not below `lowest`. Returns how many.
-template <typename Source, typename scalar_t>
-__device__ __forceinline__ int write_best(const Source& source, Rank<float> lowest,
-                                          const Logits<scalar_t>& logits, ChunkShared& s) {
-  using R = Rank<float>;
-  const int wanted = logits.d.level.max_candidates;
-  R highest = R(0xbf800000u) << 32 | 0xffffffffu;  // of a score of 1
-  int count = 0;
-  while (highest >= lowest && count < wanted) {
-    const R chunk =
-        source.K > padded::kChunk ? padded::find_chunk(source, lowest, highest, s) : lowest;
-    const int num_ranks = padded::sort_chunk(source, chunk, highest, s);
-    for (int r = threadIdx.x; r < num_ranks && count + r < wanted; r += padded::kThreads)
-      write_candidate(logits, s.ranks[r], count + r, s);
-    count = min(count + num_ranks, wanted);
-    highest = chunk - 1;
-    __syncthreads();  // the next chunk starts to write to s
-  }
-  return count;
-}
-
-// One block for each image and level.
-template <typename scalar_t>
-__global__ void __launch_bounds__(padded::kThreads, 1)
-    postprocess_best_kernel(const __grid_constant__ Args a) {
-  __shared__ ChunkShared s;
-  for (int64_t map = blockIdx.x; map < a.images * a.num_levels; map += gridDim.x) {
-    const int64_t n = map / a.num_levels;
-    const Logits<scalar_t> logits(a, n, static_cast<int>(map - n * a.num_levels));
-    if (threadIdx.x == 0) s.dropped = 0;
+// One block for each image: its boxes, or, if they are not too many, moved_apart().
+__global__ void __launch_bounds__(post::kThreads)
+    postprocess_apart_kernel(const float4* boxes, const int32_t* labels, float4* moved,
+                             unsigned images, int K, int64_t max_apart) {
+  __shared__ unsigned highest;  // key of a coordinate
+  __shared__ unsigned present;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (unsigned n = blockIdx.x; n < images; n += gridDim.x) {
+    const float4* from = boxes + int64_t(n) * K;
+    const int32_t* classes = labels + int64_t(n) * K;
+    float4* to = moved + int64_t(n) * K;
+    if (thread == 0) highest = present = 0;
     __syncthreads();
-    const DeviceLevel& d = logits.d;
-    unsigned size = a.counts[map];
-    if (size > static_cast<unsigned>(d.capacity)) size = a.second_counts[map];
-    int count;
-    if (size <= static_cast<unsigned>(d.capacity)) {
-      const Survivors survivors{a.survivors + n * a.survivors_per_image + d.first_survivor,
-                                static_cast<int>(size)};
-      count = write_best(survivors, Rank<float>(1), logits, s);
-    } else {
-      const unsigned bound =
-          find_bound<padded::kThreads>(a.bins + map * post::kBins, d.level.max_candidates);
-      const AllPairs<scalar_t> pairs{logits, d.level.pairs};
-      count = write_best(pairs, Rank<float>(bound) << 32, logits, s);
+    unsigned key = 0, count = 0;
+    for (int i = thread; i < K; i += post::kThreads) {
+      const float4 b = from[i];
+      const unsigned of_box = order_key(fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+      const bool is_present = classes[i] >= 0;
+      key = max(key, is_present ? of_box : 0u);
+      count += is_present;
     }
-    // The rest is padding: no box is read where the label is negative.
-    for (int r = count + static_cast<int>(threadIdx.x); r < d.level.max_candidates;
-         r += padded::kThreads) {
-      const int64_t to = n * a.candidates + d.level.first_candidate + r;
-      a.boxes[to] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      a.scores[to] = 0.0f;
-      a.labels[to] = -1;
-    }
+    atomicMax(&highest, key);
+    atomicAdd(&present, count);
     __syncthreads();
-    if (threadIdx.x == 0 && s.dropped)
-      atomicAdd(a.dropped + n, static_cast<unsigned long long>(s.dropped));
-    __syncthreads();  // the next image and level starts to write to s
+    const bool apart = present > 0 && static_cast<int64_t>(present) <= max_apart;
+    const float step = apart ? number_of_key(highest) + 1.0f : 0.0f;
+    for (int i = thread; i < K; i += post::kThreads) {
+      const float4 b = from[i];
+      // Of a box that is not present nothing is asked.
+      const Box box = moved_apart({b.x, b.y, b.z, b.w}, max(classes[i], 0), step);
+      to[i] = make_float4(box.x0, box.y0, box.x1, box.y1);
+    }
+    __syncthreads();  // the next image starts to write
   }
 }
 
@@ -219,7 +132,9 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
   a.tiles = static_cast<unsigned>(tiles);
   a.survivors_per_image = survivors;
   a.image_sizes = call.image_sizes;
+  a.coding = call.coding;
   a.clip = call.clip;
+  a.keep_empty = call.keep_empty;
   a.candidates = K;
 
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -245,8 +160,15 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
   launch(&postprocess_select_kernel<true, scalar_t>, grid_for(tiles), dim3(post::kThreads), 0, on,
          a);
   launch(&postprocess_best_kernel<scalar_t>, grid_for(maps), dim3(padded::kThreads), 0, on, a);
+  Tensor compared = boxes;
+  if (call.max_apart > 0) {
+    compared = empty({N, K, 4}, ScalarType::Float);
+    launch(&postprocess_apart_kernel, grid_for(N), dim3(post::kThreads), 0, on, a.boxes, a.labels,
+           static_cast<float4*>(compared.mutable_data_ptr()), static_cast<unsigned>(N),
+           static_cast<int>(K), call.max_apart);
+  }
   const auto [keep, counts] =
-      padded_batched_nms_cuda(boxes, scores, labels, call.iou_threshold, D, call.class_agnostic);
+      padded_batched_nms_cuda(compared, scores, labels, call.iou_threshold, D, call.class_agnostic);
   call.counts = counts;
   const ResultArgs results{a.boxes,
                            a.scores,
@@ -280,6 +202,7 @@ const ListKernel kListed[] = {
     {"postprocess second pass fp32", &postprocess_select_kernel<true, float>, post::kThreads},
     {"postprocess best bf16", &postprocess_best_kernel<BFloat16>, padded::kThreads},
     {"postprocess best fp32", &postprocess_best_kernel<float>, padded::kThreads},
+    {"postprocess apart", &postprocess_apart_kernel, post::kThreads},
     {"postprocess results", &postprocess_results_kernel, post::kThreads},
 };
 

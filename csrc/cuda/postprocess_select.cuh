@@ -59,8 +59,9 @@ struct Args {
   unsigned long long* dropped;  // [N]
 
   // Where the candidates of an image and level go.
+  BoxCoding coding;
   Numbers image_sizes;
-  bool clip;
+  bool clip, keep_empty;
   int64_t candidates;
   float4* boxes;    // [N, candidates]
   float* scores;    // [N, candidates]
@@ -88,7 +89,7 @@ struct Logits {
   __device__ __forceinline__ T centerness(int location) const {
     const int y = static_cast<int>(d.width.quotient(static_cast<unsigned>(location)));
     const int x = location - y * d.level.width;
-    return d.level.centerness.numbers.at<T>(d.level.centerness.offset(n, y, x));
+    return d.level.template centerness_at<T>(n, y, x);
   }
 
   __device__ __forceinline__ acc location_cutoff(int location) const {
@@ -173,7 +174,8 @@ __device__ __forceinline__ void take(const Logits<scalar_t>& logits, int i, unsi
         rank_of<float>(key, flat);
 }
 
-// Bits of those of N logits from i on that pass the cutoff. There may be fewer of them left.
+// Bits of those of N logits from i on that pass the cutoff. There may be fewer of them left. What
+// equals it passes, as does -inf where the centerness is not a number.
 template <int N, typename scalar_t>
 __device__ __forceinline__ unsigned passing(const Logits<scalar_t>& logits, int i,
                                             acc_t<scalar_t> cutoff) {
@@ -183,11 +185,11 @@ __device__ __forceinline__ unsigned passing(const Logits<scalar_t>& logits, int 
     acc x[N];
     unpack(load_streaming<N>(logits.data + i), x);
 #pragma unroll
-    for (int k = 0; k < N; ++k) passed |= x[k] <= cutoff ? 0u : 1u << k;
+    for (int k = 0; k < N; ++k) passed |= x[k] < cutoff ? 0u : 1u << k;
   } else {
 #pragma unroll 1
     for (int k = 0; i + k < logits.d.level.pairs; ++k)
-      passed |= static_cast<acc>(logits.data[i + k]) <= cutoff ? 0u : 1u << k;
+      passed |= static_cast<acc>(logits.data[i + k]) < cutoff ? 0u : 1u << k;
   }
   return passed;
 }

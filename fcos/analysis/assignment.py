@@ -10,8 +10,9 @@ import fcos_ext
 from fcos_ext.assign_targets import AssignedTargets
 
 from ..config import ConfigError
+from ..data.padding import padded_size
 from ..data.transforms import resized_size
-from ..locations import feature_sizes
+from ..locations import feature_sizes, level_grids
 from .conventions import Conventions
 
 _MOST_PIXELS = 10**9  # of a picture; the locations of one box are some bytes a pixel
@@ -35,21 +36,7 @@ def network_size(size: tuple[int, int], conventions: Conventions) -> tuple[int, 
 def _resized(size: tuple[int, int], conventions: Conventions) -> tuple[int, int]:
     if conventions.resize == "none":
         return size
-    if conventions.resize == "round":
-        return resized_size(*size, conventions.min_size, conventions.max_size)
-    # As the original code does it: the longer side is rounded down, and where it would be too
-    # long, the shorter side is rounded first and the longer follows from it.
-    height, width = size
-    shorter, longer = min(size), max(size)
-    side = conventions.min_size
-    if longer / shorter * side > conventions.max_size:
-        side = round(conventions.max_size * shorter / longer)
-    side = max(1, side)
-    if shorter == side:
-        return size
-    if width < height:
-        return int(side * height / width), side
-    return side, int(side * width / height)
+    return resized_size(*size, conventions.min_size, conventions.max_size, conventions.resize)
 
 
 def network_boxes(
@@ -89,15 +76,16 @@ def assign(
         labels (ndarray[K]): Class of each box.
         offsets (ndarray[N + 1]): Picture i has the boxes offsets[i] to offsets[i + 1].
         size: (height, width) of the resized pictures.
-        conventions: Levels, size ranges, boundary and center sampling.
+        conventions: Levels, size ranges, boundary, center sampling, ties and locations.
     """
     return fcos_ext.assign_targets(
         torch.from_numpy(np.ascontiguousarray(boxes)),
         torch.from_numpy(labels),
         torch.from_numpy(offsets),
         feature_sizes=feature_sizes(size, conventions.strides),
-        strides=conventions.strides,
+        strides=level_grids(padded_size(size), conventions.strides, conventions.locations),
         size_ranges=conventions.size_ranges,
         center_sampling_radius=conventions.center_sampling_radius,
         boundary=conventions.boundary,
+        ties=conventions.ties,
     )

@@ -16,7 +16,7 @@ from ..config import Config, ConfigError
 from ..presets import paper
 
 Boundary = Literal["inclusive", "strict", "half_open"]
-Resize = Literal["round", "truncate", "none"]
+Resize = Literal["round", "truncate", "torchvision", "none"]
 Corners = Literal["edges", "pixels"]
 
 
@@ -32,13 +32,19 @@ class Conventions:
     """Whether a size range contains its ends: both, neither, or only the lower one."""
     center_sampling_radius: float = 1.5
     """Positives lie within radius * stride of the box centre; 0: anywhere inside the box."""
+    ties: Literal["exact", "torchvision"] = "exact"
+    """Which of several boxes a location learns; see ``fcos.config.ModelConfig``."""
+    locations: Literal["half_stride", "torchvision"] = "half_stride"
+    """Where locations are; likewise. Of torchvision's, those of a picture that is alone in its
+    batch."""
     min_size: int = 800
     """Shorter side of the picture after resizing, in pixels."""
     max_size: int = 1333
     """The longer side is never resized beyond this."""
     resize: Resize = "round"
     """New sizes are rounded to the nearest pixel; or truncated, as Python's int() and so the
-    original code has it; or the pictures keep the size of their file."""
+    original code has it; or rounded down, as in torchvision; or the pictures keep the size of their
+    file."""
     corners: Corners = "edges"
     """Where a box ends: at its right and lower edge, x + width; or at its last pixel,
     x + width - 1, before resizing, as the original code has it."""
@@ -115,6 +121,9 @@ def conventions_of(config: Config) -> Conventions:
         center_sampling_radius=config.model.center_sampling_radius,
         min_size=config.data.min_sizes[-1],
         max_size=config.data.max_size,
+        resize=config.data.resize,
+        ties=config.model.ties,
+        locations=config.model.locations,
     )
 
 

@@ -51,8 +51,8 @@ class ConventionOptions:
     max_size: int | None = None
     """The longer side is never resized beyond this."""
     resize: Resize | None = None
-    """New sizes are rounded; truncated, as Python's int() and so the original code has it; or none:
-    pictures keep the size of their file. None: round."""
+    """New sizes are rounded; truncated, as Python's int() and so the original code has it; rounded
+    down, as in torchvision; or none: pictures keep the size of their file. None: the preset's."""
     corners: Corners | None = None
     """Boxes end at their right and lower edges, x + width; or at their last pixels, x + width - 1,
     before resizing, as the original code has it. None: edges."""

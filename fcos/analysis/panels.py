@@ -35,10 +35,9 @@ def show(axes: Axes, pixels: NDArray[np.float32], size: tuple[int, int], title: 
 
 
 def _overlay(axes: Axes, rgba: NDArray[np.float32], level: LevelTargets) -> None:
-    """[H, W, 4] of a level, a cell of its stride for each location, which is in the middle."""
+    """[H, W, 4] of a level, a cell for each location, which is in the middle."""
     limits = axes.axis()
-    height, width = np.array(rgba.shape[:2]) * level.stride
-    axes.imshow(rgba, extent=(0, width, height, 0), interpolation="nearest")
+    axes.imshow(rgba, extent=level.extent(), interpolation="nearest")
     axes.axis(limits)
 
 
@@ -87,10 +86,9 @@ def draw_centerness(
     """The centerness targets of the positive locations, as heat."""
     show(axes, 0.3 * _grey(pixels), targets.size, "centerness")
     limits = axes.axis()
-    height, width = np.array(level.matched.shape) * level.stride
     shades = axes.imshow(
         np.ma.masked_where(level.matched < 0, level.centerness),
-        extent=(0, width, height, 0),
+        extent=level.extent(),
         interpolation="nearest",
         cmap="inferno",
         vmin=0,
@@ -172,8 +170,7 @@ def _places(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """x and y of these locations, [H, W], in the resized picture."""
     rows, columns = np.nonzero(chosen)
-    half = level.stride // 2
-    return half + columns * level.stride, half + rows * level.stride
+    return level.location(rows, columns)
 
 
 def _dot(axes: Axes, targets: PictureTargets, level: LevelTargets) -> float:

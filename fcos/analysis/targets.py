@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..locations import feature_sizes
+from fcos_ext.grids import Grid
+
+from ..data.padding import padded_size
+from ..locations import feature_sizes, level_grids
 from .assignment import assign, network_boxes
 from .conventions import Conventions
 
@@ -18,6 +22,10 @@ class LevelTargets:
 
     name: str
     stride: int
+    step: tuple[int, int]
+    """Pixels from one row to the next, and from one column to the next."""
+    first: tuple[int, int]
+    """y of the first row and x of the first column."""
     size_range: tuple[float, float]
     matched: NDArray[np.int64]
     """[H, W]: the box that the location learns, -1 background."""
@@ -32,9 +40,17 @@ class LevelTargets:
         """The boxes that the level learns."""
         return np.unique(self.matched[self.matched >= 0])
 
-    def location(self, row: int, column: int) -> tuple[int, int]:
-        """(x, y) in the resized picture."""
-        return self.stride // 2 + column * self.stride, self.stride // 2 + row * self.stride
+    def location(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """(x, y) in the resized picture; of integers or of arrays of them."""
+        (step_y, step_x), (first_y, first_x) = self.step, self.first
+        return first_x + column * step_x, first_y + row * step_y
+
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of cells that each have a location in the middle."""
+        (step_y, step_x), (first_y, first_x) = self.step, self.first
+        rows, columns = self.matched.shape
+        left, top = first_x - step_x / 2, first_y - step_y / 2
+        return left, left + columns * step_x, top + rows * step_y, top
 
 
 @dataclass(frozen=True)
@@ -84,16 +100,28 @@ def picture_targets(
         alone = assign(boxes[one], labels[one], np.array([0, 1]), resized, conventions)
         candidates += (alone.matched[0] >= 0).numpy()
 
+    places = level_grids(padded_size(resized), conventions.strides, conventions.locations)
     levels, start = [], 0
-    for name, stride, ends, (height, width) in zip(
-        conventions.level_names, conventions.strides, conventions.size_ranges, grids, strict=True
+    for name, stride, grid, ends, (height, width) in zip(
+        conventions.level_names,
+        conventions.strides,
+        places,
+        conventions.size_ranges,
+        grids,
+        strict=True,
     ):
+        step, first = (stride, stride), (stride // 2, stride // 2)
+        if isinstance(grid, Grid):
+            (step_y, step_x), (first_y, first_x) = grid.step, grid.first
+            step, first = (int(step_y), int(step_x)), (int(first_y), int(first_x))
         mine = slice(start, start + height * width)
         start = mine.stop
         levels.append(
             LevelTargets(
                 name,
                 stride,
+                step,
+                first,
                 ends,
                 together.matched[0, mine].numpy().reshape(height, width),
                 together.centerness[0, mine].numpy().reshape(height, width),

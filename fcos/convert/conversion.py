@@ -12,13 +12,13 @@ from torch import Tensor
 from fcos.checkpoint import CheckpointError, check_content, is_ours, read_plain
 from fcos.config import Config
 
-from . import coco, detectron2
+from . import coco, detectron2, torchvision
 from .errors import ConvertError
 from .families import find_family
 from .reading import ForeignFile, parse, read_foreign
 
 #: Code bases that checkpoints are written for.
-WRITERS = {detectron2.NAME: detectron2}
+WRITERS = {detectron2.NAME: detectron2, torchvision.NAME: torchvision}
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def convert_weights(
         family = find_family(weights.state.keys(), source, path.name)
         config = family.config(weights.state)
         state, ignored = family.to_ours(weights.state)
+        if family.NAME == torchvision.NAME and not class_names:
+            state, config = torchvision.only_categories(state, config)
         names, ids = _classes(config, weights.class_names, class_names)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error

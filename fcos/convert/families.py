@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcos.config import Config
 
-from . import adelaidet, detectron2, mmdet, original, original_imprv, rosinality
+from . import adelaidet, detectron2, mmdet, original, original_imprv, rosinality, torchvision
 from .errors import ConvertError
 
 
@@ -35,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     adelaidet,
     detectron2,
     mmdet,
+    torchvision,
     rosinality,
 )
 NAMES = tuple(family.NAME for family in FAMILIES)

@@ -7,7 +7,7 @@ by the true ratio of the integer sizes, so nothing is lost to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torchvision.transforms import v2
 
 from fcos.config import DataConfig
 
+Rule = Literal["round", "truncate", "torchvision"]
+
 
 def train_transforms(config: DataConfig) -> v2.Compose:
     """Resizes to one of `config.min_sizes`, augments and normalises.
@@ -23,20 +25,15 @@ def train_transforms(config: DataConfig) -> v2.Compose:
     Call it with a tv_tensors.Image (uint8 [3, H, W]) and a target of tv_tensors, as any
     transform of torchvision's v2. All randomness is torch's CPU generator.
     """
-    steps: list[v2.Transform] = [
-        ResizeShorterSide(config.min_sizes, config.max_size),
-        v2.RandomHorizontalFlip(config.flip_probability),
-    ]
+    augment: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip_probability)]
     if config.photometric:
-        # After resizing, so that the cost does not grow with the size of the file.
-        steps.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.4, hue=0.03))
-    return v2.Compose([*steps, *_normalize(config)])
+        augment.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.4, hue=0.03))
+    return _pipeline(config, config.min_sizes, augment)
 
 
 def eval_transforms(config: DataConfig) -> v2.Compose:
     """Resizes to the last of `config.min_sizes` and normalises; nothing is random."""
-    resize = ResizeShorterSide(config.min_sizes[-1:], config.max_size)
-    return v2.Compose([resize, *_normalize(config)])
+    return _pipeline(config, config.min_sizes[-1:], [])
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Tensor:
@@ -60,50 +57,95 @@ def prepare_image(image: Tensor, config: DataConfig) -> Tensor:
     return prepared
 
 
-def resized_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+def resized_size(
+    height: int, width: int, shorter: int, longest: int, rule: Rule = "round"
+) -> tuple[int, int]:
     """(height, width) with the shorter side at `shorter`, unless the longer would pass `longest`.
 
-    The aspect ratio is kept to half a pixel.
+    Args:
+        height (int), width (int): Of the picture, in pixels.
+        shorter (int), longest (int): What the sides are to be.
+        rule (str): "round" keeps the aspect ratio to half a pixel, "torchvision" rounds down.
+            "truncate" is that of the original code: a shorter side that `longest` decides is
+            rounded, and the longer one, which follows from it, rounded down.
     """
+    if rule == "truncate":
+        return _truncated_size(height, width, shorter, longest)
     scale = min(shorter / min(height, width), longest / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    half = 0.5 if rule == "round" else 0.0
+    return max(1, int(height * scale + half)), max(1, int(width * scale + half))
+
+
+def _truncated_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+    low, high = min(height, width), max(height, width)
+    if high / low * shorter > longest:
+        shorter = round(longest * low / high)
+    shorter = max(1, shorter)
+    if low == shorter:
+        return height, width
+    if width < height:
+        return int(shorter * height / width), shorter
+    return shorter, int(shorter * width / height)
 
 
 class ResizeShorterSide(v2.Transform):
-    """Resizes as `resized_size` says, bilinear with antialiasing; boxes follow.
-
-    Not torchvision's RandomShortestSize, which rounds down and so bends the aspect ratio by up
-    to a pixel.
+    """Resizes as `resized_size` says, bilinear; boxes follow.
 
     Args:
         sizes (sequence of int): Shorter side in pixels; one is drawn each time.
         longest (int): Limit of the longer side in pixels.
+        rule (str): See `resized_size`. With "torchvision" nothing is antialiased.
     """
 
-    def __init__(self, sizes: Sequence[int], longest: int) -> None:
+    def __init__(self, sizes: Sequence[int], longest: int, rule: Rule = "round") -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.longest = longest
+        self.rule = rule
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         image = next(value for value in flat_inputs if isinstance(value, tv_tensors.Image))
         choice = int(torch.randint(len(self.sizes), ())) if len(self.sizes) > 1 else 0
         height, width = image.shape[-2:]
-        return {"size": resized_size(height, width, self.sizes[choice], self.longest)}
+        size = resized_size(height, width, self.sizes[choice], self.longest, self.rule)
+        return {"size": size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resize(inpt, params["size"], antialias=True)
+        return v2.functional.resize(inpt, params["size"], antialias=self.rule != "torchvision")
+
+
+class _Divide(v2.Transform):
+    """uint8 images to 0..1 by division, as torchvision's detectors get them.
+
+    Its ToDtype multiplies by 1 / 255 instead, which is often another float32 number.
+    """
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.wrap(inpt.float() / 255, like=inpt)
+
+
+def _pipeline(
+    config: DataConfig, sizes: Sequence[int], augment: Sequence[v2.Transform]
+) -> v2.Compose:
+    resize = ResizeShorterSide(sizes, config.max_size, config.resize)
+    if config.resize == "torchvision":
+        return v2.Compose([*augment, *_normalize(config), resize, v2.ToPureTensor()])
+    # First the size, so that the cost of the rest does not grow with that of the file.
+    return v2.Compose([resize, *augment, *_normalize(config), v2.ToPureTensor()])
 
 
 def _normalize(config: DataConfig) -> list[v2.Transform]:
     # of the file's uint8 values, scale makes 0..1
-    steps: list[v2.Transform] = [v2.ToDtype(torch.float32, scale=config.pixel_range == 1)]
-    if config.color_order == "bgr":
-        steps.append(ReverseChannels())
-    return [*steps, v2.Normalize(config.mean, config.std), v2.ToPureTensor()]
+    to_float: v2.Transform = v2.ToDtype(torch.float32, scale=config.pixel_range == 1)
+    if config.resize == "torchvision" and config.pixel_range == 1:
+        to_float = _Divide()
+    reverse = [_ReverseChannels()] if config.color_order == "bgr" else []
+    return [to_float, *reverse, v2.Normalize(config.mean, config.std)]
 
 
-class ReverseChannels(v2.Transform):
+class _ReverseChannels(v2.Transform):
     """RGB to BGR."""
 
     _transformed_types = (tv_tensors.Image,)

@@ -39,12 +39,16 @@ def extent(image):
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 @pytest.mark.parametrize("shorter", [37, 90, 101, 256])
 @pytest.mark.parametrize("size", [(101, 173), (173, 101), (90, 90)])
-def test_boxes_follow_the_pixels(size, shorter, flip):
-    config = DataConfig(**PLAIN | {"flip_probability": flip}, min_sizes=(shorter,), max_size=300)
+@pytest.mark.parametrize("rule", ["round", "truncate", "torchvision"])
+def test_boxes_follow_the_pixels(rule, size, shorter, flip):
+    changes = {"flip_probability": flip, "resize": rule}
+    config = DataConfig(**PLAIN | changes, min_sizes=(shorter,), max_size=300)
     image, target = rectangle(*size, (21, 30, 66, 70))
     image, target = train_transforms(config)(image, target)
-    assert tuple(image.shape[1:]) == resized_size(*size, shorter, 300)
-    assert target["boxes"][0].tolist() == pytest.approx(extent(image), abs=0.1)
+    assert tuple(image.shape[1:]) == resized_size(*size, shorter, 300, rule)
+    # what is not antialiased loses up to half a pixel when it shrinks
+    tolerance = 0.5 if rule == "torchvision" and shorter < min(size) else 0.1
+    assert target["boxes"][0].tolist() == pytest.approx(extent(image), abs=tolerance)
     assert target["labels"].tolist() == [4]
 
 
@@ -67,6 +71,35 @@ def test_boxes_scale_by_the_true_ratio():
 )
 def test_resized_size(size, shorter, longest, expected):
     assert resized_size(*size, shorter, longest) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "rule", "expected"),
+    [
+        ((480, 640), "truncate", (800, 1066)),  # 1066.67
+        ((640, 480), "truncate", (1066, 800)),
+        ((300, 900), "truncate", (444, 1332)),  # 444.33 is rounded, and 1332 follows
+        ((301, 900), "truncate", (446, 1333)),  # 445.81, and 1333.55
+        ((800, 1000), "truncate", (800, 1000)),
+        ((1, 5000), "truncate", (1, 5000)),
+        ((480, 640), "torchvision", (800, 1066)),
+        ((300, 900), "torchvision", (444, 1333)),
+        ((301, 900), "torchvision", (445, 1333)),
+        ((1, 5000), "torchvision", (1, 1333)),
+    ],
+)
+def test_other_rules_of_size(size, rule, expected):
+    assert resized_size(*size, 800, 1333, rule) == expected
+
+
+def test_torchvision_resizes_after_normalisation_without_antialiasing():
+    image = torch.randint(0, 256, (3, 61, 83), dtype=torch.uint8)
+    config = DataConfig(min_sizes=(30,), max_size=100, resize="torchvision")
+    mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
+    expected = torch.nn.functional.interpolate(
+        ((image.float() / 255 - mean) / std)[None], size=(30, 40), mode="bilinear"
+    )
+    assert torch.equal(prepare_image(image, config), expected[0])
 
 
 def test_resized_size_keeps_its_promise():

@@ -13,12 +13,12 @@ import torch
 import torch.multiprocessing
 
 from fcos.checkpoint import load_checkpoint
-from fcos.config import Config, ConfigError, TrainConfig
+from fcos.config import Config, ConfigError, LossConfig, TrainConfig
 from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
 from fcos.distributed import Process, choose_device, start_process, stop_process
-from fcos.engine import _new_folder, _Training
+from fcos.engine import Training, _new_folder
 from fcos.inference import InferencePass, detect_dataset
 from fcos.losses import assign
 from fcos.model import FCOS
@@ -38,6 +38,8 @@ CASES = {
     "none": NONE + NONE,
 }
 
+LOCAL = ("positives in both", "positives in one", "none")
+
 
 def batch_of(truths: list[list[list[int]]], rank: int = 0, world_size: int = 1) -> Batch:
     """The share of one process."""
@@ -51,11 +53,19 @@ def batch_of(truths: list[list[list[int]]], rank: int = 0, world_size: int = 1) 
     return collate(samples[rank * share : (rank + 1) * share])
 
 
-def step(process: Process, truths: list[list[list[int]]], accumulation: int) -> dict[str, Any]:
+def step(
+    process: Process,
+    truths: list[list[list[int]]],
+    accumulation: int,
+    normalizer: Any = "all_reduced",
+    share: Batch | None = None,
+) -> dict[str, Any]:
     """Losses and gradients of an optimiser step on four images, over all processes."""
     train = TrainConfig(learning_rate=0.01, accumulation=accumulation)
-    training = _Training(Config(FROZEN, train=train), process, None, None)  # type: ignore[arg-type]
-    share = batch_of(truths, process.rank, process.world_size)
+    config = Config(FROZEN, LossConfig(normalizer=normalizer), train=train)
+    training = Training(config, process, None, None)  # type: ignore[arg-type]
+    if share is None:
+        share = batch_of(truths, process.rank, process.world_size)
     losses = process.sum(training.step(share, 0.01))
     gradients = {name: p.grad for name, p in training.network.named_parameters()}
     return {"losses": losses, **gradients}
@@ -85,6 +95,8 @@ def two_processes(rank: int, folder: Path, shapes: Path) -> None:
     process = start_process("cpu")
     steps = {name: step(process, truths, 1) for name, truths in CASES.items()}
     steps["accumulated"] = step(process, CASES["positives in both"], 2)
+    for name in LOCAL:
+        steps[f"local, {name}"] = step(process, CASES[name], 1, "local")
     norm = torch.nn.BatchNorm2d(2)
     norm.running_mean.fill_(rank + 5)
     process.share_buffers(norm)
@@ -134,6 +146,22 @@ def test_step_equals_that_of_one_process(
             torch.testing.assert_close(
                 found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+@pytest.mark.parametrize("case", LOCAL)
+def test_local_normalizers(case: str, seen: list[dict[str, Any]], one_thread: None) -> None:
+    """The step is the average of those that each process would take alone."""
+    alone = [step(HERE, [], 1, "local", batch_of(CASES[case], rank, 2)) for rank in range(2)]
+    for rank in range(2):
+        found = seen[rank]["steps"][f"local, {case}"]
+        for name in alone[0]:
+            expected = (alone[0][name] + alone[1][name]) / 2
+            torch.testing.assert_close(
+                found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    if case == "positives in both":  # the halves have unequal numbers
+        both = step(HERE, CASES[case], 1)["losses"]
+        assert not torch.allclose((alone[0]["losses"] + alone[1]["losses"]) / 2, both, rtol=1e-3)
 
 
 def test_a_single_positive(one_thread: None) -> None:

@@ -47,14 +47,14 @@ def with_validation(config: Config, shapes: Path) -> Config:
 
 def stop_after(iteration: int, patch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     """Send a signal in the middle of that iteration."""
-    step = engine._Training.step
+    step = engine.Training.step
 
     def stepping(self: Any, *arguments: Any) -> Tensor:
         if self.iteration + 1 == iteration:
             signal.raise_signal(number)
         return step(self, *arguments)
 
-    patch.setattr(engine._Training, "step", stepping)
+    patch.setattr(engine.Training, "step", stepping)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -117,7 +117,7 @@ def test_metrics_after_a_crash(
 ) -> None:
     """Rows written after the last checkpoint are written again, not twice."""
     config = with_validation(changed(short_run, iterations=8, eval_every=4, log_every=1), shapes)
-    step = engine._Training.step
+    step = engine.Training.step
 
     def crash(self: Any, *arguments: Any) -> Tensor:
         if self.iteration == 6:
@@ -125,7 +125,7 @@ def test_metrics_after_a_crash(
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Training, "step", crash)
+        patch.setattr(engine.Training, "step", crash)
         with pytest.raises(MemoryError):
             train(config, HERE)
     run = config.train.output
@@ -188,7 +188,7 @@ def test_best_is_the_moving_average(
     short_run: Config, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_validation(changed(short_run, iterations=4, eval_every=4), shapes)
-    step = engine._Training.step
+    step = engine.Training.step
     expected: dict[str, Tensor] = {}
 
     def noting(self: Any, *arguments: Any) -> Tensor:
@@ -199,7 +199,7 @@ def test_best_is_the_moving_average(
                 expected[name] = 0.9 * old + 0.1 * value
         return losses
 
-    monkeypatch.setattr(engine._Training, "step", noting)
+    monkeypatch.setattr(engine.Training, "step", noting)
     run = train(config, HERE)
     best = load_checkpoint(run / "best.pt")["model"]
     last = load_checkpoint(run / "last.pt")
@@ -239,14 +239,14 @@ def test_non_finite_loss(
             result[term] = result[term] * torch.nan
         return result
 
-    step = engine._Training.step
+    step = engine.Training.step
 
     def noting(self: Any, batch: Any, rate: float) -> Tensor:
         batches.append(batch.image_ids)
         return step(self, batch, rate)
 
     monkeypatch.setattr(engine, "fcos_losses", poisoned)
-    monkeypatch.setattr(engine._Training, "step", noting)
+    monkeypatch.setattr(engine.Training, "step", noting)
     with pytest.raises(NonFiniteLossError) as caught:
         train(config, HERE)
     message = str(caught.value)
@@ -266,7 +266,7 @@ def test_non_finite_weights_are_not_saved(
 ) -> None:
     """A finite loss whose gradient is not: the next loss would tell, but too late."""
     config = changed(short_run, iterations=4, eval_every=2)
-    step = engine._Training.step
+    step = engine.Training.step
 
     def overflowing(self: Any, *arguments: Any) -> Tensor:
         losses = step(self, *arguments)
@@ -275,7 +275,7 @@ def test_non_finite_weights_are_not_saved(
                 self.network.head.scales[1] = torch.nan
         return losses
 
-    monkeypatch.setattr(engine._Training, "step", overflowing)
+    monkeypatch.setattr(engine.Training, "step", overflowing)
     with pytest.raises(NonFiniteLossError, match="head.scales"):
         train(config, HERE)
     run = config.train.output

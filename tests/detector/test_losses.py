@@ -90,9 +90,16 @@ def test_by_hand() -> None:
     assert losses["centerness"].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", ["iou", "giou"])
-def test_in_scalars(kind: Any, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    "kind, normalize, box_weights, quality",
+    [
+        ("iou", True, "centerness", "centerness"),
+        ("iou", False, "none", "centerness"),
+        ("giou", True, "centerness", "iou"),
+        ("giou", False, "none", "iou"),
+    ],
+)
+def test_in_scalars(kind: Any, normalize: bool, box_weights: Any, quality: Any) -> None:
     """Two images, several boxes and classes, against loops over locations."""
     torch.manual_seed(0)
     config = replace(SMALL, normalize_ltrb=normalize, center_sampling_radius=0.0)
@@ -106,7 +113,9 @@ def test_in_scalars(kind: Any, normalize: bool) -> None:
         [torch.rand(2, 4, n, n) * 40 / u for (n, _), u in zip(levels, unit, strict=True)],
         [torch.randn(2, 1, n, n) for n, _ in levels],
     )
-    loss = LossConfig(box_loss=kind, focal_alpha=0.3, focal_gamma=1.5)
+    loss = LossConfig(
+        box_loss=kind, focal_alpha=0.3, focal_gamma=1.5, box_weights=box_weights, quality=quality
+    )
     targets = assign_batch(batch, config)
     result = fcos_losses(predictions, targets, step_normalizers([targets]), loss)
 
@@ -134,17 +143,19 @@ def test_in_scalars(kind: Any, normalize: bool) -> None:
                         continue
                     le, t, r, b_ = found[2]
                     w = math.sqrt(min(le, r) / max(le, r) * min(t, b_) / max(t, b_))
-                    positives, weights = positives + 1, weights + w
-                    z = predictions.centerness[level][image, 0, y, x].item()
-                    p = 1 / (1 + math.exp(-z))
-                    bce -= w * math.log(p) + (1 - w) * math.log(1 - p)
                     d = (predictions.ltrb[level][image, :, y, x] * unit[level]).tolist()
                     iw, ih = min(d[0], le) + min(d[2], r), min(d[1], t) + min(d[3], b_)
                     ew, eh = max(d[0], le) + max(d[2], r), max(d[1], t) + max(d[3], b_)
                     union = (d[0] + d[2]) * (d[1] + d[3]) + (le + r) * (t + b_) - iw * ih
                     iou = iw * ih / union
                     giou = 1 - iou + (ew * eh - union) / (ew * eh)
-                    box += w * (-math.log(iou) if kind == "iou" else giou)
+                    target = iou if quality == "iou" else w
+                    z = predictions.centerness[level][image, 0, y, x].item()
+                    p = 1 / (1 + math.exp(-z))
+                    bce -= target * math.log(p) + (1 - target) * math.log(1 - p)
+                    weight = w if box_weights == "centerness" else 1
+                    positives, weights = positives + 1, weights + weight
+                    box += weight * (-math.log(iou) if kind == "iou" else giou)
     assert positives > 20
     assert result["cls"].item() == pytest.approx(cls / positives, rel=1e-4)
     assert result["box"].item() == pytest.approx(box / weights, rel=1e-4)

@@ -16,7 +16,7 @@ from fcos.data.batches import Batch, training_loader
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import train_transforms
 from fcos.distributed import Process
-from fcos.engine import _Training, train
+from fcos.engine import Training, train
 from tests.detector.stand_in_graph import StandInGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +100,7 @@ def test_a_step_waits_for_nothing(graph: bool, amp: str, short_run: Config) -> N
         None,
         train_transforms(config.data),  # type: ignore[arg-type]
     )
-    training = _Training(config, Process(0, 1, torch.device("cuda")), dataset, None)
+    training = Training(config, Process(0, 1, torch.device("cuda")), dataset, None)
     batches: list[Batch] = list(training_loader(dataset, config.data, 2, iterations=8, fixed=True))
     for batch in batches[:5]:
         training.step(batch, 0.001)  # libraries set themselves up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 BACKENDS = ["cpu", "simt", pytest.param("cuda", marks=NO_GPU)]
 SIMT_SEEDS = (0, 1, 12345)
 INF, NAN = float("inf"), float("nan")
-Predictions = tuple[list[Tensor], list[Tensor], list[Tensor]]
+Predictions = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
 
 
 class Call(NamedTuple):
@@ -30,23 +31,29 @@ class Call(NamedTuple):
     options: PostprocessOptions
     original_sizes: Tensor | None = None
     padded_size: tuple[int, int] | None = None
+    anchors: list[Tensor] | None = None
 
     def of(self, function: Callable[..., Any]) -> Any:
         return function(
             self.predictions,
             self.image_sizes,
             self.options,
+            anchors=self.anchors,
             original_sizes=self.original_sizes,
             padded_size=self.padded_size,
         )
 
     def to(self, device: str) -> Call:
-        logits, ltrb, centerness = ([x.to(device) for x in levels] for levels in self.predictions)
-        original = None if self.original_sizes is None else self.original_sizes.to(device)
+        def moved(x: Any) -> Any:
+            if x is None:
+                return None
+            return [y.to(device) for y in x] if isinstance(x, list) else x.to(device)
+
         return self._replace(
-            predictions=(logits, ltrb, centerness),
-            image_sizes=self.image_sizes.to(device),
-            original_sizes=original,
+            predictions=tuple(moved(levels) for levels in self.predictions),  # type: ignore
+            image_sizes=moved(self.image_sizes),
+            original_sizes=moved(self.original_sizes),
+            anchors=moved(self.anchors),
         )
 
 
@@ -96,9 +103,14 @@ def make_call(
     original: bool = True,
     layout: str = "contiguous",
     padded_size: tuple[int, int] | None = None,
+    anchors: bool = False,
+    with_centerness: bool = True,
     **options: Any,
 ) -> Call:
-    """Logits around ``mean`` and boxes of up to 5 strides to each side; ``ties``: coarse logits."""
+    """Logits around ``mean`` and boxes of up to 5 strides to each side; ``ties``: coarse logits.
+
+    ``anchors``: some of odd sizes, one for each location.
+    """
     generator = torch.Generator().manual_seed(seed)
     strides = tuple(8 * 2**level for level in range(len(sizes)))
 
@@ -113,16 +125,29 @@ def make_call(
     height, width = sizes[0][0] * 8, sizes[0][1] * 8
     shrunk = torch.randint(0, 9, (images, 2), generator=generator)
     image_sizes = (torch.tensor([height, width]) - shrunk).clamp(min=1)
-    predictions = tuple(
+    predictions = [
         [in_memory(x.to(dtype), layout) for x in levels] for levels in (logits, ltrb, centerness)
-    )
+    ]
     return Call(
-        predictions,  # type: ignore[arg-type]
+        (predictions[0], predictions[1], predictions[2] if with_centerness else None),
         image_sizes,
-        PostprocessOptions(strides=strides, **options),
+        PostprocessOptions(**({"strides": strides} | options)),
         image_sizes * 3 // 2 if original else None,
         padded_size,
+        make_anchors(sizes, generator) if anchors else None,
     )
+
+
+def make_anchors(sizes: tuple[tuple[int, int], ...], generator: torch.Generator) -> list[Tensor]:
+    """Boxes of 1 to 3 strides around the places where the locations would be."""
+    result = []
+    for level, (height, width) in enumerate(sizes):
+        stride = 8 * 2**level
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        center = torch.stack([x, y], dim=-1).view(-1, 2) * stride + 3.3
+        sides = (1 + 2 * torch.rand(len(center), 2, generator=generator)) * stride
+        result.append(torch.cat([center - sides / 2, center + sides / 2], dim=1))
+    return result
 
 
 def fuzzed_call(seed: int) -> Call:
@@ -134,6 +159,7 @@ def fuzzed_call(seed: int) -> Call:
     classes = rng.choice([1, 1, 2, 3, 5, 8, 16, 21])
     dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
     layout = rng.choice(LAYOUTS)
+    with_anchors = rng.random() < 0.3
     call = make_call(
         images=rng.choice([1, 1, 2, 3]),
         classes=classes,
@@ -152,11 +178,21 @@ def fuzzed_call(seed: int) -> Call:
         max_detections=rng.choice([1, 5, 20, 100]),
         class_agnostic=rng.random() < 0.3,
         clip=rng.random() < 0.8,
+        keep_empty=rng.random() < 0.3,
+        overlaps=rng.choice(["exact", "torchvision"]),
+        with_centerness=rng.random() < 0.8,
+        anchors=with_anchors,
+        coding=rng.choice(["ltrb", "deltas"]) if with_anchors else "ltrb",
+        delta_weights=rng.choice([(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)]),
+        delta_limit=rng.choice([math.log(1000 / 16), 1.0]),
         locations=rng.choice(["half_stride", "half_stride", "torchvision"]),
     )
     generator = torch.Generator().manual_seed(seed)
-    predictions = []
+    predictions: list[Any] = []
     for kind, tensors in enumerate(call.predictions):
+        if tensors is None:
+            predictions.append(None)
+            continue
         dtype = rng.choice(dtypes)
         for x in tensors:
             if kind == 1 and rng.random() < 0.2:
@@ -165,8 +201,15 @@ def fuzzed_call(seed: int) -> Call:
                 odd = rng.choice([NAN, INF, -INF, 0.0, 1e30, -1e30, -100.0])
                 x[torch.rand(x.shape, generator=generator) < 0.05] = odd
         predictions.append([in_memory(x.to(dtype), layout) for x in tensors])
+    anchors = call.anchors
+    if anchors is not None:
+        dtype = rng.choice(dtypes)
+        anchors = [x.to(dtype) for x in anchors]
+        if rng.random() < 0.2:
+            anchors[0][::3] = rng.choice([NAN, INF, 0.0])
     sizes_dtype = rng.choice([torch.int64, torch.int32, torch.float32, torch.float64])
     return call._replace(
         predictions=tuple(predictions),  # type: ignore[arg-type]
         image_sizes=call.image_sizes.to(sizes_dtype),
+        anchors=anchors,
     )

@@ -50,14 +50,14 @@ def test_errors(function: Any, changes: dict[str, Any], error: Any, message: str
     [
         ({"pred": []}, ValueError, "pred must have 1 to 8 levels, got 0"),
         ({"pred": [torch.ones(1, 5, 2, 3)]}, ValueError, "levels of pred must have C = 4, got 5"),
-        ({"centerness": [torch.ones(1, 1, 2, 2)]}, ValueError, "pred and centerness must agree"),
+        ({"centerness": [torch.ones(1, 1, 2, 2)]}, ValueError, "centerness must agree with pred"),
         ({"centerness": [torch.ones(1, 2, 2, 3)]}, ValueError, "levels of centerness must have C"),
         ({"target": torch.ones(1, 5, 4)}, ValueError, r"target must have .* \[1, 6, 4\], got"),
         ({"labels": torch.ones(6).int()}, ValueError, "labels must have the shape"),
         (
             {"centerness": [torch.ones(1, 1, 2, 3, device="meta")]},
             ValueError,
-            "all levels must be on the same device, cpu, got meta",
+            "centerness must be on the device of the first level, cpu, got meta",
         ),
     ],
 )
@@ -103,7 +103,18 @@ LEVEL, SCORES = torch.ones(1, 4, 2, 3), torch.ones(1, 1, 2, 3)
         ({"pred": [LEVEL] * 9}, "pred must have 1 to 8 levels, got 9"),
         ({"centerness": []}, "centerness must have 1 levels, as pred, got 0"),
         ({"pred": [LEVEL[:, :3]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 4 dim"),
-        ({"pred": [LEVEL[0]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 3 dim"),
+        ({"pred": [LEVEL[0, 0, 0]]}, r"pred must be levels \[N, 4, H, W\] of the same N, got 1 d"),
+        ({"pred": [LEVEL[0]]}, "rows of pred must have 4 values, got 3"),
+        ({"pred": [LEVEL[0].mT]}, "rows of pred must have 4 values, got 2"),
+        ({"pred": [torch.ones(6, 4)]}, "centerness must have a value for each row of pred"),
+        (
+            {"pred": [torch.ones(1, 6, 4)], "centerness": [torch.ones(1, 5)]},
+            "centerness must have a value for each row of pred",
+        ),
+        (
+            {"pred": [torch.ones(6, 4)], "centerness": [torch.ones(6)]},
+            r"target must be \[N, L, 4\].* N = 1 and L = 6",  # without N, as pred
+        ),
         ({"pred": [LEVEL.int()]}, "pred must be floating point, got"),
         ({"centerness": [SCORES[..., :2]]}, "centerness must be levels .* level 0 is not"),
         ({"centerness": [SCORES.int()]}, "centerness must be floating point, got"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.simt.build import load_simt_library
 #: Each is one kernel on a GPU.
 FORWARD = [
     "assign_targets",
-    "fcos_normalizers",
+    "fcos_normalizers_and_labels",
     "sigmoid_focal_loss_with_gradient",
     "box_and_centerness_loss_with_gradient",
 ]
@@ -71,11 +72,12 @@ def test_no_gradient_no_buffers(device: str) -> None:
     assert calls.ours == [name.removesuffix("_with_gradient") for name in FORWARD]
 
 
-def test_peak_memory(device: str) -> None:
-    """The gradients and the targets, hence little more than the logits have."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory(device: str, dtype: torch.dtype) -> None:
+    """The gradients, and 20 bytes a location of targets: little more than the logits have."""
     sizes = ((50, 84), (25, 42), (13, 21), (7, 11))
     options = make_options(sizes)
-    pyramid = make_pyramid(80, torch.float32, device, sizes=sizes)
+    pyramid = make_pyramid(80, dtype, device, sizes=sizes)
     truth = make_truth(80, device, extent=(400.0, 672.0))
 
     def step(*_: Any) -> tuple[Tensor, ...]:
@@ -113,6 +115,29 @@ def test_simt(layout: str, seed: int) -> None:
         scaled = [*(x.detach() for x in loss), *gradients(loss, pyramid, 3.0)]
     assert all(torch.equal(a, b) for a, b in zip(scaled[:5], results[:5], strict=True))
     compare(scaled, pyramid, truth, options, 3.0)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_simt_reads_nothing_else_whatever_it_is_given(dtype: torch.dtype, garbage: float) -> None:
+    """Non-finite predictions, labels of any number, counts and offsets beyond the boxes."""
+    simt = load_simt_library()
+    pyramid = make_pyramid(5, dtype, layout="mixed")
+    with torch.no_grad():
+        for leaf in pyramid.leaves:
+            leaf[torch.rand(leaf.shape) < 0.2] = garbage
+    for padded in (False, True):
+        truth = make_truth(5, padded=padded)
+        truth.labels[::2] = torch.tensor([2**62, -(2**63), 5, -2, 7])[: len(truth.labels[::2])]
+        if truth.counts is not None:
+            truth = truth._replace(counts=truth.counts + 2**40)
+        elif truth.offsets is not None:
+            truth = truth._replace(offsets=truth.offsets * -(2**40) + 3)
+        simt.set_seed(0)
+        with simt.guarded_memory(), Calls(simulate=True):
+            loss = fcos_loss(pyramid, truth, make_options())
+            gradients(loss, pyramid)
+        assert 0 <= loss.num_pos.item() <= loss.num_pos.item() + loss.num_ignored.item() <= 2 * 165
 
 
 def compare(

@@ -17,6 +17,7 @@ from fcos_ext import (
     fcos_loss,
     fcos_loss_ref,
 )
+from fcos_ext.fcos_loss import _check_values
 from tests.ops.pyramids import SIZES, make_options, make_pyramid, make_truth
 
 FUNCTIONS = pytest.mark.parametrize("function", [fcos_loss, fcos_loss_ref])
@@ -155,6 +156,104 @@ def test_normalizers(function: Any, changes: dict[str, Any], error: Any, message
 def test_reference_has_the_same_signature() -> None:
     public, reference = (inspect.signature(function) for function in (fcos_loss, fcos_loss_ref))
     assert public == reference
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_labels_out_of_range(device: str, function: Any, padded: bool) -> None:
+    """The locations of such boxes take no part, and are counted; with ``debug`` they raise."""
+    pyramid, options = make_pyramid(device=device), make_options()
+    truth = make_truth(device=device, padded=padded)
+    whole = function(tuple(pyramid), truth, options)
+    assert whole.num_ignored.item() == 0 and whole.num_pos.item() > 2
+    for label in (3, 2**40, -2, -(2**63)):
+        wrong = truth._replace(labels=torch.full_like(truth.labels, label))
+        loss = function(tuple(pyramid), wrong, options)
+        assert loss.num_pos.item() == 0 and loss.num_ignored == whole.num_pos
+        assert loss.box.item() == 0 and loss.centerness.item() == 0 and loss.cls.isfinite()
+        if device == "cpu":  # on a GPU it would end the program
+            with pytest.raises(RuntimeError, match="fcos_loss: labels of boxes .* 0..C-1, C = 3"):
+                function(tuple(pyramid), wrong, replace(options, debug=True))
+
+
+@FUNCTIONS
+def test_debug_mode(device: str, function: Any) -> None:
+    """It changes no result, and is silent about what padding holds, -1 and -2 of locations."""
+    pyramid, options = make_pyramid(device=device), make_options()
+    debugged = replace(options, debug=True)
+    for padded in (False, True):
+        truth = make_truth(device=device, padded=padded)
+        if truth.counts is not None:
+            unused = torch.arange(5, device=device) >= truth.counts[:, None]
+            truth = truth._replace(labels=truth.labels.masked_fill(unused, 99))
+        results = [function(tuple(pyramid), truth, o) for o in (options, debugged)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    targets = AssignedTargets(
+        torch.randint(-2, 3, (2, LOCATIONS), device=device),
+        torch.rand(2, LOCATIONS, 4, device=device),
+        torch.rand(2, LOCATIONS, device=device),
+        torch.zeros(2, LOCATIONS, dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    assert function(tuple(pyramid), targets, debugged).num_ignored.item() > 0
+    if device == "cpu":
+        for label in (3, -3):
+            wrong = targets._replace(labels=targets.labels.masked_fill(targets.labels == 1, label))
+            with pytest.raises(RuntimeError, match="fcos_loss: labels must lie in -2..C-1, C = 3"):
+                function(tuple(pyramid), wrong, debugged)
+
+
+@FUNCTIONS
+def test_more_boxes_than_the_padded_capacity(function: Any) -> None:
+    """Said before anything is computed; values that a GPU holds are clamped instead."""
+    pyramid, padded = tuple(make_pyramid()), make_truth(padded=True)
+    assert padded.counts is not None
+    for counts in (torch.tensor([6, 0]), torch.tensor([0, -1])):
+        wrong = padded._replace(counts=counts)
+        with pytest.raises(ValueError, match=r"^assign_targets: counts must lie in 0\.\.M"):
+            function(pyramid, wrong, make_options())
+        with pytest.raises(RuntimeError, match=r"^fcos_loss: an image must have 0\.\.M boxes"):
+            _check_values(wrong, assigned_nothing(), 3)
+    packed = make_truth()
+    assert packed.offsets is not None
+    for offsets in (packed.offsets + 1, packed.offsets - 1):
+        with pytest.raises(RuntimeError, match="^fcos_loss: offsets must start at 0 and end at K"):
+            _check_values(packed._replace(offsets=offsets), assigned_nothing(), 3)
+
+
+def assigned_nothing() -> AssignedTargets:
+    labels = torch.full((2, LOCATIONS), -1)
+    ltrb, centerness = torch.zeros(2, LOCATIONS, 4), torch.zeros(2, LOCATIONS)
+    return AssignedTargets(labels, ltrb, centerness, labels, torch.zeros(2).long())
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("part", range(3))
+def test_mixed_devices(function: Any, part: int) -> None:
+    """Levels, parts, boxes, labels, counts and normalizers, each elsewhere than the rest."""
+    pyramid = make_pyramid()
+    level = changed(part, 1, pyramid[part][1].detach().to("meta"))
+    with pytest.raises(ValueError, match="^fcos_loss: .* must be on the device of the first level"):
+        function(**arguments(predictions=level))
+    padded = make_truth(padded=True)
+    for name in ("boxes", "labels", "counts"):
+        moved = {name: getattr(padded, name).to("meta")}
+        with pytest.raises(ValueError, match=f": {name} must be on the device of|: all tensors"):
+            function(**arguments(ground_truth=padded._replace(**moved)))
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("part", range(3))
+def test_mixed_dtypes(function: Any, part: int) -> None:
+    """Each part has a dtype of its own, which its levels share; boxes have any."""
+    predictions = [list(levels) for levels in make_pyramid()]
+    predictions[part] = [x.detach().bfloat16().requires_grad_() for x in predictions[part]]
+    truth = make_truth()
+    truth = truth._replace(boxes=truth.boxes.half(), labels=truth.labels.int())
+    assert function(tuple(predictions), truth, make_options()).num_pos > 0
+    predictions[part][1] = predictions[part][1].float()
+    with pytest.raises(TypeError, match="^fcos_loss: all levels must have the same dtype"):
+        function(tuple(predictions), truth, make_options())
 
 
 def test_options_do_not_change() -> None:

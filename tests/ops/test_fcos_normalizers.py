@@ -16,6 +16,7 @@ from fcos_ext._library import kernels
 from tests.simt.build import load_simt_library
 
 OP = torch.ops.fcos_ext.fcos_normalizers.default
+OP_AND_LABELS = torch.ops.fcos_ext.fcos_normalizers_and_labels.default
 SHAPES = [(), (0,), (1,), (7,), (3, 0), (2, 5000), (2, 3, 5)]
 
 
@@ -32,6 +33,7 @@ def make_inputs(
 
 def test_compiled(device: str) -> None:
     assert device in kernels("fcos_normalizers")
+    assert device in kernels("fcos_normalizers_and_labels")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
@@ -55,6 +57,26 @@ def test_by_hand(device: str) -> None:
         assert function(labels, centerness, 5).tolist() == [2.0, 0.625]
         assert function(labels[:, :4], centerness[:, :4]).tolist() == [3.0, 9.625]
         assert function(labels[:, 1:2], centerness[:, 1:2], 5).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_labels_in_half_the_bytes(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    labels, centerness = make_inputs(*shape, device=device, dtype=dtype)
+    for num_classes in (0, 5, 2**31 - 1):
+        sums, narrow = OP_AND_LABELS(labels, centerness, num_classes)
+        assert torch.equal(sums, OP(labels, centerness, num_classes))
+        assert narrow.dtype == torch.int32 and narrow.is_contiguous()
+        for label, result in zip(labels.flatten().tolist(), narrow.flatten().tolist(), strict=True):
+            assert result == (label if -1 <= label < num_classes else -2)
+
+
+def test_labels_too_large_for_int32(device: str) -> None:
+    labels = torch.tensor([2**32, 2**31, 2**31 - 2, -(2**63), -(2**32) - 1, -1, 0], device=device)
+    _, narrow = OP_AND_LABELS(labels, torch.zeros(7, device=device), 2**31 - 1)
+    assert narrow.tolist() == [-2, -2, 2**31 - 2, -2, -2, -1, 0]
+    with pytest.raises(RuntimeError, match=r"num_classes must be below 2\^31, got 2147483648"):
+        OP_AND_LABELS(labels, torch.zeros(7, device=device), 2**31)
 
 
 def test_the_sum_is_exact_to_float32(device: str) -> None:
@@ -83,6 +105,7 @@ def test_opcheck(device: str, strided: bool) -> None:
         labels, centerness = labels.t(), centerness.t()
     torch.testing.assert_close(OP(labels, centerness, 9), OP(labels.t(), centerness.t(), 9))
     opcheck(OP, (labels, centerness, 9))
+    opcheck(OP_AND_LABELS, (labels, centerness, 9))
 
 
 def test_compile_fullgraph(device: str) -> None:
@@ -166,5 +189,7 @@ def test_simt(dtype: torch.dtype, seed: int) -> None:
         before = simt.launches
         with simt.guarded_memory():
             sums = torch.ops.fcos_ext_simt.fcos_normalizers(*inputs, 9)
-        assert simt.launches - before == (inputs[0].numel() > 0)
+            again, narrow = torch.ops.fcos_ext_simt.fcos_normalizers_and_labels(*inputs, 9)
+        assert simt.launches - before == 2 * (inputs[0].numel() > 0)
         torch.testing.assert_close(sums, OP(*inputs, 9), rtol=1e-7, atol=0)
+        assert torch.equal(again, sums) and torch.equal(narrow, OP_AND_LABELS(*inputs, 9)[1])

@@ -6,13 +6,14 @@ cannot pass for a kernel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fcos_ext import PostprocessOptions, postprocess_ref
+from fcos_ext import Grid, PostprocessOptions, postprocess_ref
 from fcos_ext._library import kernels
 from tests.ops.postprocess_inputs import (
     BACKENDS,
@@ -34,6 +35,13 @@ def test_compiled(device: str) -> None:
 # ---- values -------------------------------------------------------------------------------------
 
 
+def with_empty_boxes(call: Call) -> Call:
+    """Where the best scores are."""
+    for logits, regression in zip(call.predictions[0], call.predictions[1], strict=True):
+        logits[0, 0, ::3, 0], regression[0, :, ::3, 0] = 4.0, 0.0
+    return call
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -53,13 +61,22 @@ def test_compiled(device: str) -> None:
         {"locations": "torchvision", "padded_size": (128, 192)},
         {"locations": "torchvision"},
         {"original": False},
+        {"keep_empty": True},
+        {"with_centerness": False},
+        {"with_centerness": False, "score": "product", "threshold_on": "final"},
+        {"strides": (8, Grid((15.0, 17.5), (3.0, 5.5), 12.0), 32)},
+        {"anchors": True},
+        {"anchors": True, "normalize_ltrb": False},
+        {"anchors": True, "coding": "deltas"},
+        {"anchors": True, "coding": "deltas", "delta_weights": (2.0, 3.0, 4.0, 5.0)},
+        {"anchors": True, "coding": "deltas", "delta_limit": 0.5},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_reference(backend: str, options: dict[str, Any]) -> None:
-    standard = make_call().of(postprocess_ref)
-    call = make_call(**options)
+    standard = with_empty_boxes(make_call()).of(postprocess_ref)
+    call = with_empty_boxes(make_call(**options))
     expected = call.of(postprocess_ref)
     assert_same(run_on(backend, call), expected)
     # Each option matters: none is passed to the kernel in the place of another.
@@ -141,6 +158,63 @@ def test_equal_scores(backend: str, different: int, layout: str) -> None:
         assert found.boxes[0, :, 0].tolist() == [8.0 * (i // 4) for i in range(50)]
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overlaps_as_torchvision_computes_them(backend: str, many: bool) -> None:
+    """Overlaps near the threshold: moved far away, boxes are rounded, which decides. But not if
+    there are too many of them."""
+    size = (50, 110) if many and backend == "cuda" else (20, 30)
+    call = make_call(
+        images=3,
+        classes=3,
+        sizes=(size,),
+        mean=1.0 if many else -3.0,
+        topk_candidates=30_000,
+        max_detections=400,
+        score_threshold=0.2,
+        threshold_on="final",
+        iou_threshold=0.6,
+        original=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    # Of width 4 s, shifted by s: IoU 3 / 5.
+    for regression in call.predictions[1]:
+        regression[:] = 2 + 3e-6 * torch.randn(regression.shape, generator=generator)
+    call = call._replace(options=replace(call.options, clip=False))
+    apart = call._replace(options=replace(call.options, overlaps="torchvision"))
+    expected, found = call.of(postprocess_ref), run_on(backend, apart)
+    if backend != "cuda":  # whose limit is another one
+        assert_same(found, apart.of(postprocess_ref))
+    same = all(map(torch.equal, found, expected))
+    assert same == many and found.counts.min() > 20
+    agnostic = apart._replace(options=replace(apart.options, class_agnostic=True))
+    assert_same(run_on(backend, agnostic), agnostic.of(postprocess_ref))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deltas_by_hand(backend: str) -> None:
+    logits = torch.tensor([-9.0, 2.0, 1.0]).view(1, 1, 1, 3)
+    anchors = torch.tensor([[0.0, 0, 1, 1], [10, 20, 30, 60], [100, 100, 104, 108]])
+    regression = torch.zeros(1, 4, 1, 3)
+    regression[0, :, 0, 1] = torch.tensor([0.5, -0.25, 0.0, 0.0])
+    regression[0, :, 0, 2] = torch.tensor([0.0, 0.0, 1000.0, -1000.0])
+    options = PostprocessOptions(
+        strides=(1,),
+        coding="deltas",
+        delta_limit=math.log(2),
+        score="product",
+        max_detections=2,
+        keep_empty=True,
+    )
+    call = Call(([logits], [regression], None), torch.tensor([[999, 999]]), options)
+    found = run_on(backend, call._replace(anchors=[anchors]))
+    assert found.boxes.tolist() == [[[20, 10, 40, 50], [98, 104, 106, 104]]]
+    assert torch.equal(found.scores, torch.tensor([[2.0, 1.0]]).double().sigmoid().float())
+    twice = call._replace(options=replace(options, delta_weights=(2.0, 0.5, 1.0, 1.0)))
+    found = run_on(backend, twice._replace(anchors=[anchors.to(torch.bfloat16)]))
+    assert found.boxes[0, 0].tolist() == [15, 0, 35, 40]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hand_computed(backend: str) -> None:
     """One level of stride 8 and 2 x 3 locations, whose first is at (4, 4)."""
@@ -187,6 +261,7 @@ def test_dropped(backend: str) -> None:
     logits[0, :, 1, 2] = torch.tensor([INF, -INF, -9.0])  # a score of 1, and one of 0
     centerness[0, 0, 0, 2] = NAN
     centerness[1, 0, 0, 3] = NAN  # without a class score
+    logits[1, :, 0, 3] = -INF
     centerness[0, 0, 1, 1] = -30.0  # rules its location out if the threshold is on the final score
     for threshold_on, counts, dropped in (
         ("class", [2, 0], [3, 0]),

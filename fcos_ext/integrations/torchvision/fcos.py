@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FCOS
 
-from ...assign_targets import AssignedTargets, Grid, assign_targets
+from ...assign_targets import AssignedTargets, assign_targets
 from ...box_and_centerness_loss import box_and_centerness_loss
+from ...grids import Grid
 from ...sigmoid_focal_loss import sigmoid_focal_loss
-from .detect import can_detect, detect
+from .detect import detect, options_of
 
 Target = dict[str, Tensor]
 
@@ -24,8 +25,9 @@ _EXACT_INTEGERS = {torch.float32: 1 << 24, torch.float16: 1 << 11, torch.bfloat1
 class AcceleratedFCOS(FCOS):
     """A torchvision FCOS that computes the same, faster. See :func:`accelerate`.
 
-    Where the kernels do not compute what torchvision does, its own methods run: in float64, and
-    for the loss if the features are bfloat16 and the image is larger than 256 pixels.
+    Where the kernels do not compute what torchvision does, its own methods run: in float64; for
+    the loss if the features are bfloat16 and the image is larger than 256 pixels; and to detect
+    with thresholds beyond 0 and 1.
     """
 
     def compute_loss(
@@ -70,20 +72,10 @@ class AcceleratedFCOS(FCOS):
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """The detections of each image, best first."""
-        if not can_detect(head_outputs, self.detections_per_img):
+        options = options_of(self, head_outputs)
+        if options is None:
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
-        return detect(
-            head_outputs["cls_logits"],
-            head_outputs["bbox_ctrness"],
-            head_outputs["bbox_regression"],
-            anchors[0],
-            image_shapes,
-            decode=self.box_coder.decode,
-            score_threshold=self.score_thresh,
-            iou_threshold=self.nms_thresh,
-            topk_candidates=self.topk_candidates,
-            max_detections=self.detections_per_img,
-        )
+        return detect(head_outputs, anchors[0], image_shapes, options)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:

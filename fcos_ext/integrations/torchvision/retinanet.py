@@ -7,14 +7,15 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import boxes as box_ops
 
-from .detect import can_detect, detect
+from .detect import detect, options_of
 from .fcos import Target, check_labels, focal_loss
 
 
 class AcceleratedRetinaNet(RetinaNet):
     """A torchvision RetinaNet that computes the same, faster. See :func:`accelerate`.
 
-    Matching and box regression are torchvision's own, as is post-processing in float64.
+    Matching and box regression are torchvision's own, as is post-processing in float64 and with
+    thresholds beyond 0 and 1.
     """
 
     def compute_loss(
@@ -55,20 +56,10 @@ class AcceleratedRetinaNet(RetinaNet):
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """The detections of each image, best first."""
-        if not can_detect(head_outputs, self.detections_per_img):
+        options = options_of(self, head_outputs)
+        if options is None:
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
-        return detect(
-            head_outputs["cls_logits"],
-            None,
-            head_outputs["bbox_regression"],
-            anchors[0],
-            image_shapes,
-            decode=self.box_coder.decode_single,
-            score_threshold=self.score_thresh,
-            iou_threshold=self.nms_thresh,
-            topk_candidates=self.topk_candidates,
-            max_detections=self.detections_per_img,
-        )
+        return detect(head_outputs, anchors[0], image_shapes, options)
 
 
 def _labels_of(labels: Tensor, matched: Tensor, num_classes: int) -> Tensor:

@@ -20,9 +20,7 @@ class Refused(RuntimeError):
 _ACCELERATED: dict[type, type] = {FCOS: AcceleratedFCOS, RetinaNet: AcceleratedRetinaNet}
 _ORIGINAL = {ours: theirs for theirs, ours in _ACCELERATED.items()}
 
-_DETECTION = Replacement(
-    "postprocess_detections", "logits compared before scores, one padded_batched_nms"
-)
+_DETECTION = Replacement("postprocess_detections", "postprocess, all images at once")
 _COMMON_KEPT = (
     Replacement("forward, transform", "the network and its inputs are not touched"),
     Replacement("TorchScript", "restore() before torch.jit.script"),
@@ -54,9 +52,10 @@ def accelerate(model: nn.Module) -> Report:
     The model gets a subclass of its class: parameters, hooks, ``state_dict``, ``deepcopy``,
     ``torch.save``, DDP, training and evaluation stay what they are. What it computes stays the
     same, too: the same matches, losses and gradients up to the rounding of sums in float32, and
-    equal detections. Before this function returns it has compared them, on random inputs of the
-    model's shapes, on its device. Under autocast, where torchvision decodes boxes in half
-    precision, the loss is the one of float32.
+    equal detections, but for scores and decoded deltas in the last bits, and the order of scores
+    that are nearly equal. Before this function returns it has compared them, on random inputs of
+    the model's shapes, on its device. Under autocast, where torchvision decodes boxes in half
+    precision, loss and detections are those of float32.
 
     A model saved as a whole needs ``fcos_ext`` to be loaded; a ``state_dict`` does not. The second
     time nothing happens.
