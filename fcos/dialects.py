@@ -25,8 +25,8 @@ def original() -> Config:
 
     Published: 37.1 AP on COCO minival after 90,000 iterations of 16 images (R-101 41.4,
     X-101-32x8d 42.5, X-101-64x4d 43.0 after twice as many; MobileNetV2 33.1, with 128 channels
-    30.9). Differs in this project: there sizes are rounded down when resizing, boxes are cut off
-    one pixel before the border, and widths have 1 added in NMS and in the loss.
+    30.9). Differs in this project: there boxes are cut off one pixel before the border, and widths
+    have 1 added in NMS and in the loss.
     """
     model = ModelConfig(
         stride_in="1x1",
@@ -36,7 +36,8 @@ def original() -> Config:
         centerness_branch="cls",
         center_sampling_radius=0.0,
     )
-    return Config(model=model, loss=LossConfig(box_loss="iou"), data=_bgr(_CAFFE_MEAN))
+    data = replace(_bgr(_CAFFE_MEAN), resize="truncate")
+    return Config(model=model, loss=LossConfig(box_loss="iou"), data=data)
 
 
 def original_imprv() -> Config:
@@ -61,11 +62,12 @@ def adelaidet() -> Config:
 
     Published: 38.7 AP on COCO val2017 with R_50_1x (MS_R_50_2x 41.0, MS_R_101_2x 43.1,
     MS_X_101_32x8d_2x 43.9, MS_X_101_64x4d_2x 44.7, with deformable convolutions 46.6). Of the
-    variants whose centerness learned the IoU (39.4, 41.5, 43.5, 44.5, 47.4), all else is the same.
+    variants whose centerness learned the IoU (39.4, 41.5, 43.5, 44.5, 47.4), all else is the same;
+    to train one: ``--loss.quality iou --loss.box-weights none``.
     """
     return Config(
         model=ModelConfig(stride_in="1x1"),
-        postprocess=PostprocessConfig(clip="after_nms"),
+        postprocess=PostprocessConfig(clip="after_nms", keep_empty=True),
         data=_bgr(_IMAGENET_MEAN),
         train=TrainConfig(warmup="linear", warmup_iterations=1000, warmup_factor=0.001),
     )
@@ -97,7 +99,9 @@ def detectron2() -> Config:
             stride_in="1x1", boundary="strict", ties="torchvision", trainable_scales=False
         ),
         loss=LossConfig(box_weights="none", normalizer="moving"),
-        postprocess=PostprocessConfig(score_threshold=0.2, threshold_on="final", clip="after_nms"),
+        postprocess=PostprocessConfig(
+            score_threshold=0.2, threshold_on="final", clip="after_nms", keep_empty=True
+        ),
         data=replace(_bgr(_IMAGENET_MEAN), min_sizes=_SHORTER_SIDES),
         train=TrainConfig(warmup="linear", warmup_iterations=1000, warmup_factor=0.001),
     )
@@ -115,6 +119,7 @@ def mmdet() -> Config:
         config,
         model=replace(config.model, tower_bias=False, batch_norm_eps=1e-5),
         postprocess=PostprocessConfig(score="product", iou_threshold=0.5),
+        data=_bgr(_CAFFE_MEAN),
         train=TrainConfig(clip_gradient_norm=35.0),
     )
 
@@ -133,41 +138,6 @@ def mmdet_tricks() -> Config:
         data=_bgr(_IMAGENET_MEAN),
         train=TrainConfig(warmup="linear"),
     )
-
-
-def torchvision() -> Config:
-    """torchvision's ``fcos_resnet50_fpn``: its network, losses, images and detections.
-
-    With the same weights and images, float32 results are torchvision's but for rounding. What
-    differs from ``improved``: no scales, locations from 0 on a grid that follows the padding, size
-    ranges without their ends, ties by float32 arithmetic, box losses without weights, normalisers
-    of each process, images resized without antialiasing after normalisation, and a threshold of
-    0.2 on the final score.
-
-    torchvision publishes 39.2 AP on COCO val2017 for 26 epochs on 8 GPUs, two images each:
-    ``fcos train torchvision --data.train-annotations ANN.json``. Its own run used float16 autocast
-    and weight decay on norms and biases too; the classes are here those of the annotations,
-    without the 11 outputs of its 91 that stand for nothing.
-    """
-    model = ModelConfig(
-        boundary="strict",
-        ties="torchvision",
-        locations="torchvision",
-        trainable_scales=False,
-    )
-    loss = LossConfig(box_weights="none", normalizer="local")
-    postprocess = PostprocessConfig(
-        score_threshold=0.2, threshold_on="final", keep_empty=True, overlaps="torchvision"
-    )
-    data = DataConfig(resize="torchvision")
-    train = TrainConfig(
-        iterations=190_560,  # 26 times the 117,266 images that have boxes
-        warmup="linear",
-        warmup_iterations=1000,
-        warmup_factor=0.001,
-        milestones=(16 / 26, 22 / 26),
-    )
-    return Config(model=model, loss=loss, postprocess=postprocess, data=data, train=train)
 
 
 def _bgr(mean: Colors) -> DataConfig:

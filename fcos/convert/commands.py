@@ -23,12 +23,13 @@ class ConvertOptions:
     weights: Path
     """.pth, .pkl of numpy arrays, or .safetensors; or, with --to, a checkpoint of fcos train."""
     source: str = "auto"
-    """The code base: original, original-imprv, adelaidet, detectron2, mmdet or torchvision; auto:
-    the one that the names of the weights say."""
+    """The code base: original, original-imprv, adelaidet, detectron2, mmdet or torchvision. auto:
+    as the names of the weights say."""
     to: Literal["fcos", "detectron2", "torchvision"] = "fcos"
     """What to write."""
     output: Path | None = None
-    """File to write. None: beside the weights, as NAME-fcos.pt or NAME-detectron2.pth."""
+    """File to write. None: beside the weights, as NAME-fcos.pt, NAME-detectron2.pth or
+    NAME-torchvision.pth."""
     class_names: tuple[str, ...] = ()
     """One for each class. (): those in the file, or COCO's where there are 80, or torchvision's 91
     outputs, of which the 80 are taken."""
@@ -58,7 +59,7 @@ def _to_ours(options: ConvertOptions, output: Path) -> None:
     found = convert(options.weights, options.source, options.class_names)
     save_checkpoint(output, found.content())
     print(f"{options.weights}: {found.family}, {len(found.state)} tensors mapped")
-    print(f"ignored: {', '.join(found.ignored) or 'nothing'}")
+    print(f"ignored: {_ignored(found.ignored)}")
     for line in _describe(found.config):
         print(line)
     print(f"classes: {_shorten(found.class_names)}")
@@ -72,7 +73,8 @@ def _from_ours(options: ConvertOptions, output: Path) -> None:
 
     content = load_any(options.weights, options.source)
     state = write_back(options.to, content["model"], content["config"], options.weights)
-    save_plain(output, {"model": state})
+    # torchvision's checkpoints are the state dict itself
+    save_plain(output, state if options.to == "torchvision" else {"model": state})
     print(f"{len(state)} tensors written to {output}, for {options.to}, to be configured with:")
     for line in _describe(content["config"]):
         print(line)
@@ -99,6 +101,15 @@ def _describe(config: Config) -> list[str]:
         f"detections: score {post.score}, threshold {post.score_threshold:g}, NMS "
         f"{post.iou_threshold:g}, clip {post.clip}",
     ]
+
+
+def _ignored(keys: Sequence[str]) -> str:
+    """All of them, but the counter that every batch norm has as one."""
+    counter = "num_batches_tracked"
+    others = [key for key in keys if not key.endswith(counter)]
+    if len(others) < len(keys):
+        others.append(f"{len(keys) - len(others)} {counter}")
+    return ", ".join(others) or "nothing"
 
 
 def _shorten(names: Sequence[str]) -> str:

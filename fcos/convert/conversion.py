@@ -67,7 +67,7 @@ def convert_weights(
         family = find_family(weights.state.keys(), source, path.name)
         config = family.config(weights.state)
         state, ignored = family.to_ours(weights.state)
-        if family is torchvision and not class_names:
+        if family.NAME == torchvision.NAME and not class_names:
             before = config
             state, config = torchvision.only_categories(state, config)
             if config != before:

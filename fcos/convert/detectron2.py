@@ -76,6 +76,7 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ("activation", "relu"),
         ("normalize_ltrb", True),
         ("centerness_branch", "box"),
+        ("locations", "half_stride"),
         ("trainable_scales", False),
         ("tower_norm", "group"),
         ("tower_bias", True),

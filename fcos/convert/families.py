@@ -35,8 +35,8 @@ FAMILIES: tuple[Family, ...] = (
     adelaidet,
     detectron2,
     mmdet,
-    rosinality,
     torchvision,
+    rosinality,
 )
 NAMES = tuple(family.NAME for family in FAMILIES)
 

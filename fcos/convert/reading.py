@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcos.checkpoint import CheckpointError, read_plain
+from fcos.checkpoint import CheckpointError, is_ours, read_plain
 
 from .errors import ConvertError
 from .pickled_arrays import read_pickle
@@ -50,6 +50,10 @@ def read_foreign(path: Path) -> ForeignFile:
 
 def parse(content: Any, path: Path) -> ForeignFile:
     """The weights among what a file holds. Raises ConvertError where there are none."""
+    if is_ours(content):
+        raise ConvertError(
+            f"{path}: is a checkpoint of this project already; --to writes it for another"
+        )
     state = content
     if isinstance(content, dict):
         found = [content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fcos import dialects
+from fcos import presets
 from fcos.config import Config
 
 from . import coco
@@ -68,7 +68,7 @@ def recognises(keys: Collection[str]) -> bool:
 
 def config(state: Mapping[str, Tensor]) -> Config:
     """The settings that go with the weights. Raises ConvertError."""
-    preset = dialects.torchvision()
+    preset = presets.torchvision()
     state = _with_new_names(state)
     model = infer(state, NAMES, preset.model)
     if _COUNTER in state:  # nothing was pretrained, so that nothing was frozen

@@ -138,16 +138,14 @@ def _pipeline(
 
 def _normalize(config: DataConfig) -> list[v2.Transform]:
     # of the file's uint8 values, scale makes 0..1
-    to_float = v2.ToDtype(torch.float32, scale=config.pixel_range == 1)
+    to_float: v2.Transform = v2.ToDtype(torch.float32, scale=config.pixel_range == 1)
     if config.resize == "torchvision" and config.pixel_range == 1:
         to_float = _Divide()
-    steps: list[v2.Transform] = [to_float]
-    if config.color_order == "bgr":
-        steps.append(ReverseChannels())
-    return [*steps, v2.Normalize(config.mean, config.std)]
+    reverse = [_ReverseChannels()] if config.color_order == "bgr" else []
+    return [to_float, *reverse, v2.Normalize(config.mean, config.std)]
 
 
-class ReverseChannels(v2.Transform):
+class _ReverseChannels(v2.Transform):
     """RGB to BGR."""
 
     _transformed_types = (tv_tensors.Image,)

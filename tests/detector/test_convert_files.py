@@ -12,18 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import Layout, Random, Unique, build
 
 import fcos
-from fcos import cli
-from fcos.checkpoint import CheckpointError, load_checkpoint
+from fcos.checkpoint import CheckpointError
 from fcos.convert.errors import ConvertError
 from fcos.convert.pickled_arrays import read_pickle
 from fcos.convert.reading import read_foreign
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL: dict[str, Any] = {"depth": 18, "channels": 64, "tower": 1}
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.count": torch.tensor(7)}
 
 
@@ -205,88 +202,3 @@ def test_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.save_file(STATE, path)
     found = read_foreign(path).state
     assert all(torch.equal(found[key], STATE[key]) for key in STATE)
-
-
-def run(*arguments: Any) -> int:
-    return cli.main(["convert", *map(str, arguments)])
-
-
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """mmdetection's, R-18, with scores above a half."""
-    checkpoint = build(Layout("mmdet", **SMALL), Random(seed=0))
-    checkpoint.state["bbox_head.conv_cls.bias"].fill_(2.0)
-    torch.save({"state_dict": checkpoint.state, "meta": {}}, tmp_path / "fcos_r18.pth")
-    return tmp_path / "fcos_r18.pth"
-
-
-def test_convert_and_predict(
-    foreign: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert run("--weights", foreign) == 0
-    text = capsys.readouterr().out
-    for part in ("mmdet", "ignored: nothing", "rgb in 0..255", "80: person, bicycle", "-fcos.pt"):
-        assert part in text
-    output = tmp_path / "fcos_r18-fcos.pt"
-    content = load_checkpoint(output)
-    assert content["class_names"][79] == "toothbrush" and content["category_ids"][79] == 90
-    assert content["config"].data.pixel_range == 255
-    assert names(tmp_path) == ["fcos_r18-fcos.pt", "fcos_r18.pth"]
-
-    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
-    detections = fcos.load(output, device="cpu").predict(image, score_threshold=0.1)
-    directly = fcos.load(foreign, device="cpu").predict(image, score_threshold=0.1)
-    assert len(detections) > 0
-    assert torch.equal(detections.boxes, directly.boxes)
-    assert torch.equal(detections.scores, directly.scores)
-
-
-def test_detectron2_pickle_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    layout = Layout("detectron2", scales=False, **SMALL)
-    state = build(layout, Random(seed=0)).state
-    arrays = {key: value.half().numpy() for key, value in state.items()}
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}))
-    ours, back = tmp_path / "ours.pt", tmp_path / "back.pth"
-    assert run("--weights", tmp_path / "a.pkl", "--output", ours) == 0
-    assert run("--weights", ours, "--to", "detectron2", "--output", back) == 0
-    assert "for detectron2, to be configured with" in capsys.readouterr().out
-    found = torch.load(back, weights_only=True)["model"]
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], value.half().float()) for key, value in state.items())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--weights", "gone.pth"], "gone.pth: no such file"),
-        (["--weights", "other.pth"], "other.pth: not from a known FCOS"),
-        (["--weights", "text.pth"], "text.pth: "),
-        (["--weights", "plain.pth"], "plain.pth: the weights do not tell whether"),
-        (["--weights", "plain.pth", "--source", "mmdt"], "did you mean mmdet?"),
-        (["--weights", "plain.pth", "--output", "plain.pth"], "must not replace the weights"),
-        (["--weights", "plain.pth", "--output", "no/out.pt"], "no such folder"),
-        (["--weights", "plain.pth", "--source", "original", "--class-names", "a"], "has 2 classes"),
-        (
-            ["--weights", "plain.pth", "--source", "original", "--to", "detectron2"],
-            "plain.pth: detectron2's FCOS needs model.activation 'relu', got 'exp'",
-        ),
-    ],
-)
-def test_errors_leave_nothing_behind(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"layer.weight": torch.zeros(2)}, "other.pth")
-    Path("text.pth").write_text("hello")
-    torch.save(
-        {"model": build(Layout("original", classes=2, **SMALL), Unique()).state}, "plain.pth"
-    )
-    before = names(tmp_path)
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert names(tmp_path) == before

@@ -25,10 +25,9 @@ from fcos.convert import coco
 from fcos.convert import torchvision as converter
 from fcos.convert.errors import ConvertError
 from fcos.convert.names import BLOCKS
-from fcos.dialects import torchvision
 from fcos.limits import check
 from fcos.model import FCOS
-from fcos.presets import paper
+from fcos.presets import paper, torchvision
 from tests.detector.torchvision_twins import make_narrow, make_twins
 
 
@@ -214,7 +213,7 @@ def test_file_of_91_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert fcos.load(ours, device="cpu").class_names == tuple(names)
     arguments = ["convert", "--weights", str(ours), "--to", "torchvision"]
     assert main([*arguments, "--output", str(back)]) == 0
-    state = torch.load(back, weights_only=True)["model"]
+    state = torch.load(back, weights_only=True)
     truth = twins.theirs.state_dict()
     assert state.keys() == truth.keys()
     assert all(torch.equal(state[key], value) for key, value in truth.items())

@@ -23,10 +23,10 @@ from torchvision.models.detection.image_list import ImageList
 from fcos.convert import torchvision as converter
 from fcos.data.padding import pad_images
 from fcos.data.transforms import prepare_image, resized_size
-from fcos.dialects import torchvision
 from fcos.locations import level_grids
 from fcos.losses import assign, fcos_losses, step_normalizers
 from fcos.predict import Predictor
+from fcos.presets import torchvision
 from fcos_ext.grids import Grid
 from tests.detector.torchvision_twins import (
     Size,
