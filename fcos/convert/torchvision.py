@@ -15,8 +15,8 @@ from . import coco
 from .errors import ConvertError
 from .infer import infer
 from .names import Names, TowerNames
+from .translate import COUNTER, network_shapes
 from .translate import from_ours as translate_back
-from .translate import network_shapes
 from .translate import to_ours as translate
 
 NAME = "torchvision"
@@ -57,7 +57,7 @@ OLD_NAMES = {
     for part in ("weight", "bias")
 }
 # Of a backbone's norm that is trained, and not frozen.
-_COUNTER = f"{NAMES.stem_norm}.num_batches_tracked"
+_COUNTER = f"{NAMES.stem_norm}.{COUNTER}"
 _OUTPUTS = 91
 
 
@@ -77,7 +77,7 @@ def config(state: Mapping[str, Tensor]) -> Config:
 
 
 def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Our state dict, and the keys left out: counters of batches.
+    """Our state dict, and the keys left out: none.
 
     All outputs are kept, also those of COCO's 91 that are of no category: see
     :func:`only_categories`.
@@ -86,7 +86,10 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         ConvertError: a key does not fit, or one is missing; it lists all.
     """
     state = _with_new_names(state)
-    return translate(state, NAMES, config(state).model, ())
+    ours, ignored = translate(state, NAMES, config(state).model, ())
+    # Counters of trained norms, which a backbone of ours has under the same names.
+    counters = {key: state[key] for key in ignored if key in ours}
+    return {**ours, **counters}, [key for key in ignored if key not in ours]
 
 
 def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -120,7 +123,8 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         raise ConvertError(f"torchvision's FCOS is not made with {model.backbone}")
     if lacking := sorted(network_shapes(model).keys() - state.keys()):
         raise ConvertError(f"lacks {', '.join(lacking)}")
-    return translate_back(state, NAMES, model)
+    counters = {key: value for key, value in state.items() if key.endswith(COUNTER)}
+    return {**translate_back(state, NAMES, model), **counters}
 
 
 def only_categories(
