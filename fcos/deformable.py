@@ -5,7 +5,6 @@ Zhu et al., "Deformable ConvNets v2", https://arxiv.org/abs/1811.11168. Torchvis
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -52,16 +51,16 @@ class DeformableConv2d(nn.Module):
             features (Tensor[N, C, H, W]): any floating dtype, as that of a convolution.
         """
         moves, masks = self.offset(features).split((18, 9), dim=1)
-        # under autocast the offsets may be bfloat16, which cannot place a sample at 100.3
-        with torch.autocast(features.device.type, enabled=False):
-            dtype = self.weight.dtype
-            output: Tensor = deform_conv2d(
-                features.to(dtype),
-                moves.to(dtype).contiguous(),
-                self.weight,
-                self.bias,
-                stride=self.stride,
-                padding=1,
-                mask=masks.to(dtype).sigmoid(),
-            )
+        # under autocast the offsets may be bfloat16, which cannot place a sample at 100.3; there
+        # torchvision computes in float32
+        dtype = self.weight.dtype
+        output: Tensor = deform_conv2d(
+            features.to(dtype),
+            moves.to(dtype).contiguous(),
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=1,
+            mask=masks.to(dtype).sigmoid(),
+        )
         return output.to(features.dtype)
