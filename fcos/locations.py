@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from fcos_ext.grids import Grid
 
 Locations = Literal["half_stride", "torchvision"]
@@ -37,3 +40,21 @@ def level_grids(
             strides, feature_sizes(padded_size, strides), strict=True
         )
     ]
+
+
+def level_anchors(
+    padded_size: tuple[int, int], strides: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    """torchvision's squares of a stride around each location, float32 [H_l W_l, 4] of each level.
+
+    They say what :func:`level_grids` does, as tensors.
+    """
+    height, width = padded_size
+    levels = []
+    for stride, (rows, columns) in zip(strides, feature_sizes(padded_size, strides), strict=True):
+        y = torch.arange(rows, device=device) * (height // rows)
+        x = torch.arange(columns, device=device) * (width // columns)
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        centers = torch.stack((grid_x, grid_y), dim=-1).reshape(-1, 2).float()
+        levels.append(torch.cat((centers - stride / 2, centers + stride / 2), dim=1))
+    return levels

@@ -10,6 +10,7 @@ from torch import Tensor
 import fcos_ext
 
 from .config import ModelConfig, PostprocessConfig
+from .locations import level_anchors
 from .model import Predictions
 
 
@@ -59,15 +60,22 @@ def postprocess(
         keep_empty=config.keep_empty,
         overlaps=config.overlaps,
     )
+    device = predictions.logits[0].device
     # The sides of padded images are multiples of the finest strides.
     finest, stride = predictions.logits[0].shape, model.strides[0]
-    device = predictions.logits[0].device
+    padded_size = (finest[2] * stride, finest[3] * stride)
+    anchors = None
+    if model.locations == "torchvision" and torch.compiler.is_compiling():
+        # Steps that follow from the size are numbers, for which the operator would be compiled
+        # anew; tensors leave the size open.
+        anchors = level_anchors(padded_size, model.strides, device)
     found = fcos_ext.postprocess(
         predictions,
         image_sizes.to(device, non_blocking=True),
         options,
+        anchors=anchors,
         original_sizes=original_sizes.to(device, non_blocking=True),
-        padded_size=(finest[2] * stride, finest[3] * stride),
+        padded_size=padded_size if anchors is None else None,
     )
     padded = PaddedDetections(found.boxes, found.scores, found.labels, found.counts)
     if config.clip == "after_nms":

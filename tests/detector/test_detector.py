@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fcos.inference import InferencePass
 from fcos.model import FCOS
 from fcos.postprocess import PaddedDetections, postprocess
 from fcos.predict import Predictor
+from fcos.presets import torchvision
 from tests.detector.stand_in_graph import StandInGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,24 +47,17 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def network() -> FCOS:
     """Random, with detections everywhere."""
+    return make_network(CONFIG)
+
+
+def make_network(config: Config) -> FCOS:
     torch.manual_seed(0)
-    network = FCOS(CONFIG.model).eval()
+    network = FCOS(config.model).eval()
     with torch.no_grad():
         network.head.cls_logits.weight.mul_(30)
         network.head.cls_logits.bias.fill_(-0.5)
         network.head.ltrb.bias.fill_(1.0)
     return network
-
-
-# Steps between locations that follow from the size of the images.
-LIKE_TORCHVISION = replace(
-    CONFIG,
-    model=replace(CONFIG.model, locations="torchvision"),
-    postprocess=replace(
-        CONFIG.postprocess, threshold_on="final", keep_empty=True, overlaps="torchvision"
-    ),
-)
-CONFIGS = pytest.mark.parametrize("config", [CONFIG, LIKE_TORCHVISION], ids=["", "torchvision"])
 
 
 def batch(images: int = 2, height: int = 64, width: int = 96) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,10 +86,9 @@ def test_is_network_and_postprocessing(network: FCOS) -> None:
 
 
 @torch.no_grad()
-@CONFIGS
-def test_compiles_whole(config: Config, network: FCOS) -> None:
+def test_compiles_whole(network: FCOS) -> None:
     torch._dynamo.reset()
-    detector = Detector(network, config)
+    detector = Detector(network, CONFIG)
     compiled = torch.compile(detector, fullgraph=True, backend="aot_eager")
     for arguments in (batch(), batch(1), batch(2, 96, 64)):
         assert_same(compiled(*arguments), detector(*arguments))
@@ -102,9 +96,8 @@ def test_compiles_whole(config: Config, network: FCOS) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
-@CONFIGS
-def test_exports_whole(strict: bool, config: Config, network: FCOS, tmp_path: Path) -> None:
-    detector = Detector(network, config)
+def test_exports_whole(strict: bool, network: FCOS, tmp_path: Path) -> None:
+    detector = Detector(network, CONFIG)
     images = torch.export.Dim("images", min=1, max=64)
     height, width = (32 * torch.export.Dim(name, min=1, max=64) for name in ("h", "w"))
     shapes = ({0: images, 2: height, 3: width}, {0: images}, {0: images})
@@ -115,6 +108,33 @@ def test_exports_whole(strict: bool, config: Config, network: FCOS, tmp_path: Pa
     loaded = torch.export.load(tmp_path / "detector.pt2").module()
     for arguments in (batch(), batch(1), batch(3, 96, 160)):
         assert_same(loaded(*arguments), detector(*arguments))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["compile", "export", "strict export"])
+def test_torchvision_locations_leave_sizes_open(how: str) -> None:
+    """Of P6 and P7, the steps between locations follow from the size of the images."""
+    torch._dynamo.reset()
+    like_torchvision = torchvision()
+    sizes = {"strides": like_torchvision.model.strides, "locations": "torchvision"}
+    model = replace(CONFIG.model, **sizes, size_ranges=like_torchvision.model.size_ranges)
+    config = replace(CONFIG, model=model, postprocess=like_torchvision.postprocess)
+    detector = Detector(make_network(config), config)
+    batches = [batch(2, *size) for size in ((160, 224), (192, 416), (256, 160), (416, 192))]
+    if how == "compile":
+        whole: Any = torch.compile(detector, fullgraph=True, backend="aot_eager", dynamic=True)
+    else:
+        images = torch.export.Dim("images", min=1, max=64)
+        height, width = (32 * torch.export.Dim(name, min=5, max=64) for name in ("h", "w"))
+        shapes = ({0: images, 2: height, 3: width}, {0: images}, {0: images})
+        strict = how == "strict export"
+        whole = torch.export.export(
+            detector, batches[0], dynamic_shapes=shapes, strict=strict
+        ).module()
+    assert_same(whole(*batches[0]), detector(*batches[0]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for arguments in batches[1:]:
+            assert_same(whole(*arguments), detector(*arguments))
 
 
 def test_exported_program_needs_the_kernels_alone(network: FCOS, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from fcos.convert import torchvision as converter
 from fcos.data.padding import pad_images
 from fcos.data.transforms import prepare_image, resized_size
-from fcos.locations import level_grids
+from fcos.locations import level_anchors, level_grids
 from fcos.losses import assign, fcos_losses, step_normalizers
 from fcos.predict import Predictor
 from fcos.presets import torchvision
@@ -199,6 +199,8 @@ def test_locations(padded: Size) -> None:
         y, x = (torch.arange(n) * step for n, step in zip(level.shape[2:], grid.step, strict=True))
         places.append(torch.cartesian_prod(y, x).flip(1))
     assert torch.equal(torch.cat(places).float(), expected)
+    ours = level_anchors(padded, strides, anchors.device)
+    assert torch.equal(torch.cat(ours), anchors)
 
 
 @pytest.mark.parametrize("scale", [800, 600, 320])
