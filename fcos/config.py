@@ -116,9 +116,10 @@ class LossConfig:
     quality: Literal["centerness", "iou"] = "centerness"
     """What the centerness branch learns: the centerness, or the overlap of the predicted box with
     the true one. The authors' later code has "iou" together with box_weights "none"."""
-    normalizer: Literal["all_reduced", "local"] = "all_reduced"
+    normalizer: Literal["all_reduced", "local", "moving"] = "all_reduced"
     """What sums of losses are divided by: the positives of the step's whole batch; or each process
-    by those of its own images, so that the result depends on how the batch is split."""
+    by those of its own images, so that the result depends on how the batch is split; or, as in
+    detectron2, by a moving average of the latter, from 300 with decay 0.9."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .distributed import Process
 from .evaluate import CocoMetrics, evaluate_coco
 from .inference import InferencePass, detect_dataset
 from .interrupt import Interrupted, stop_signals
-from .losses import assign, fcos_losses, step_normalizers
+from .losses import assign, fcos_losses, start_of_moving, step_normalizers
 from .model import FCOS
 from .progress import TrainingProgress
 from .recorder import LOSSES, NonFiniteLossError, Recorder
@@ -122,6 +122,7 @@ class Training:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = network
         self.optimizer = optim.build_optimizer(network, config.train)
+        self.moving = start_of_moving(process.device)
         self.average = None
         if config.train.ema_decay:
             self.average = WeightAverage(network, config.train.ema_decay)
@@ -210,7 +211,7 @@ class Training:
         size = (images.shape[2], images.shape[3])
         with region("assignment"):
             targets = [assign(size, self.config.model, *truth) for truth in truths]
-            normalizers = step_normalizers(targets, self.config.loss)
+            normalizers = step_normalizers(targets, self.config.loss, self.moving)
         total = torch.zeros(len(LOSSES), device=self.process.device)
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             exchange: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -286,6 +287,7 @@ class Training:
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "best_ap": self.best_ap,
+                "moving": self.moving,
                 "random": torch.get_rng_state(),
             }
             if self.average is not None:
@@ -313,6 +315,8 @@ class Training:
         # the groups hold the weight decay and the like, which may have been changed
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if "moving" in state:
+            self.moving.copy_(state["moving"])
         self.iteration, self.best_ap = content["iteration"], state["best_ap"]
         torch.set_rng_state(state["random"])
 

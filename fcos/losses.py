@@ -21,6 +21,9 @@ from .config import LossConfig, ModelConfig
 from .locations import feature_sizes, level_grids
 from .model import Predictions
 
+# detectron2's
+_MOVING_START, _MOVING_DECAY = 300.0, 0.9
+
 
 class Normalizers(NamedTuple):
     """What the losses are divided by: sums over a step's passes and, mostly, processes."""
@@ -64,7 +67,9 @@ def assign(
 
 
 def step_normalizers(
-    targets: Sequence[AssignedTargets], config: LossConfig | None = None
+    targets: Sequence[AssignedTargets],
+    config: LossConfig | None = None,
+    moving: Tensor | None = None,
 ) -> Normalizers:
     """Normalisers of an optimiser step whose passes have these targets.
 
@@ -73,18 +78,30 @@ def step_normalizers(
     Args:
         targets: of each pass of this process.
         config: whose ``normalizer`` says over which images; None: those of all processes.
+        moving (Tensor[]): the moving average of the positives, float32, see
+            :func:`start_of_moving`; it is updated in place. For ``normalizer="moving"`` alone.
     """
     each = [fcos_ext.fcos_normalizers(t.labels, t.centerness) for t in targets]
     sums = each[0] if len(each) == 1 else torch.stack(each).sum(dim=0)
-    if not (dist.is_available() and dist.is_initialized()):
-        return Normalizers(sums)
+    together = dist.is_available() and dist.is_initialized()
     if config is None or config.normalizer == "all_reduced":
-        dist.all_reduce(sums)
-    else:
-        # The processes' losses add up: the sum of these is the average of those that each divides
-        # by its own sums, which are kept from 0 here as by the losses.
-        sums = torch.maximum(sums, sums.new_tensor([1.0, 1e-6])) * dist.get_world_size()
-    return Normalizers(sums)
+        if together:
+            dist.all_reduce(sums)
+        return Normalizers(sums)
+    # As the losses keep them from 0; here, as the next step divides them further.
+    sums = torch.maximum(sums, sums.new_tensor([1.0, 1e-6]))
+    if config.normalizer == "moving":
+        if moving is None:
+            raise ValueError("step_normalizers: moving must be given for normalizer moving")
+        moving.lerp_(sums[0], 1 - _MOVING_DECAY)
+        sums = torch.stack([moving, sums[1]])
+    # The processes' losses add up: so they become the average of what each would have alone.
+    return Normalizers(sums * dist.get_world_size() if together else sums)
+
+
+def start_of_moving(device: torch.device) -> Tensor:
+    """The moving average of the positives of a process, before the first step."""
+    return torch.full((), _MOVING_START, device=device)
 
 
 def fcos_losses(

@@ -31,7 +31,8 @@ class ConvertOptions:
     """File to write. None: beside the weights, as NAME-fcos.pt, NAME-detectron2.pth or
     NAME-torchvision.pth."""
     class_names: tuple[str, ...] = ()
-    """One for each class. (): those in the file, or COCO's where there are 80."""
+    """One for each class. (): those in the file, or COCO's where there are 80, or torchvision's 91
+    outputs, of which the 80 are taken."""
 
 
 def convert(arguments: list[str]) -> int:

@@ -74,7 +74,10 @@ def convert_weights(
         config = family.config(weights.state)
         state, ignored = family.to_ours(weights.state)
         if family.NAME == torchvision.NAME and not class_names:
+            before = config
             state, config = torchvision.only_categories(state, config)
+            if config != before:
+                ignored.append("the 11 outputs of 91 that are of no category of COCO")
         names, ids = _classes(config, weights.class_names, class_names)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error

@@ -1,4 +1,4 @@
-"""torchvision's FCOS: ``fcos_resnet50_fpn``, and the same on its other ResNets."""
+"""torchvision's FCOS, to and from: ``fcos_resnet50_fpn``, and the same on its other ResNets."""
 
 from __future__ import annotations
 
@@ -7,220 +7,143 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
-from ..config import Backbone, Config, ConfigError, ModelConfig
-from ..model import FCOS
-from ..presets import torchvision
+from fcos import presets
+from fcos.config import Config
+
+from . import coco
 from .errors import ConvertError
+from .infer import infer
+from .names import Names, TowerNames
+from .translate import COUNTER, network_shapes
+from .translate import from_ours as translate_back
+from .translate import to_ours as translate
 
 NAME = "torchvision"
-
-#: Where each part of the network is: (torchvision, ours). What follows is the same in both.
-PARTS = (
-    ("backbone.body.", "backbone.body."),
-    ("backbone.fpn.inner_blocks.", "backbone.fpn.inner_blocks."),
-    ("backbone.fpn.layer_blocks.", "backbone.fpn.layer_blocks."),
-    ("backbone.fpn.extra_blocks.", "backbone.fpn.extra_blocks."),
-    ("head.classification_head.conv.", "head.cls_tower."),
-    ("head.classification_head.cls_logits.", "head.cls_logits."),
-    ("head.regression_head.conv.", "head.box_tower."),
-    ("head.regression_head.bbox_reg.", "head.ltrb."),
-    ("head.regression_head.bbox_ctrness.", "head.centerness."),
+NAMES = Names(
+    stem_conv="backbone.body.conv1",
+    stem_norm="backbone.body.bn1",
+    conv="backbone.body.layer{stage}.{block}.conv{i}",
+    norm="backbone.body.layer{stage}.{block}.bn{i}",
+    shortcut_conv="backbone.body.layer{stage}.{block}.downsample.0",
+    shortcut_norm="backbone.body.layer{stage}.{block}.downsample.1",
+    deformable_conv="",
+    deformable_offset="",
+    laterals=(
+        "backbone.fpn.inner_blocks.0.0",
+        "backbone.fpn.inner_blocks.1.0",
+        "backbone.fpn.inner_blocks.2.0",
+    ),
+    outputs=(
+        "backbone.fpn.layer_blocks.0.0",
+        "backbone.fpn.layer_blocks.1.0",
+        "backbone.fpn.layer_blocks.2.0",
+    ),
+    extras=("backbone.fpn.extra_blocks.p6", "backbone.fpn.extra_blocks.p7"),
+    cls_tower=TowerNames(
+        "head.classification_head.conv.{conv}", "head.classification_head.conv.{norm}", "", ""
+    ),
+    box_tower=TowerNames(
+        "head.regression_head.conv.{conv}", "head.regression_head.conv.{norm}", "", ""
+    ),
+    cls_logits="head.classification_head.cls_logits",
+    ltrb="head.regression_head.bbox_reg",
+    centerness="head.regression_head.bbox_ctrness",
 )
-#: Names that torchvision gave to the pyramid's convolutions before version 0.13, and gives now.
+#: What the pyramid's convolutions were called before torchvision 0.13, and are now.
 OLD_NAMES = {
-    f"backbone.fpn.{blocks}.{i}.{kind}": f"backbone.fpn.{blocks}.{i}.0.{kind}"
-    for blocks in ("inner_blocks", "layer_blocks")
-    for i in range(3)
-    for kind in ("weight", "bias")
+    f"{name.removesuffix('.0')}.{part}": f"{name}.{part}"
+    for name in (*NAMES.laterals, *NAMES.outputs)
+    for part in ("weight", "bias")
 }
-#: Blocks of each stage, shape of the first block's first convolution, and input channels of a group
-#: of its second one.
-BACKBONES: dict[tuple[tuple[int, ...], tuple[int, ...], int], Backbone] = {
-    ((2, 2, 2, 2), (64, 64, 3, 3), 64): "resnet18",
-    ((3, 4, 6, 3), (64, 64, 3, 3), 64): "resnet34",
-    ((3, 4, 6, 3), (64, 64, 1, 1), 64): "resnet50",
-    ((3, 4, 23, 3), (64, 64, 1, 1), 64): "resnet101",
-    ((3, 4, 23, 3), (256, 64, 1, 1), 8): "resnext101_32x8d",
-    ((3, 4, 23, 3), (256, 64, 1, 1), 4): "resnext101_64x4d",
-}
-#: What torchvision's network is, whatever its weights.
-_FIXED = (
-    ("activation", "relu"),
-    ("normalize_ltrb", True),
-    ("trainable_scales", False),
-    ("centerness_branch", "box"),
-    ("locations", "torchvision"),
-    ("strides", (8, 16, 32, 64, 128)),
-    ("shared_tower_convs", 0),
-    ("tower_norm", "group"),
-    ("tower_bias", True),
-    ("tower_deformable", False),
-    ("p6_source", "p5"),
-    ("stride_in", "3x3"),
-    ("deformable_stages", ()),
-    ("batch_norm_eps", 1e-5),
-)
-_CATEGORIES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-_NO_CATEGORY = ("__background__", "N/A")
+# Of a backbone's norm that is trained, and not frozen.
+_COUNTER = f"{NAMES.stem_norm}.{COUNTER}"
+_OUTPUTS = 91
 
 
 def recognises(keys: Collection[str]) -> bool:
-    """Whether these are the names in a state dict of torchvision's FCOS, and not its RetinaNet."""
-    return {
-        "head.classification_head.cls_logits.weight",
-        "head.regression_head.bbox_ctrness.weight",
-    } <= set(keys)
+    """Whether a checkpoint has these keys; torchvision's RetinaNet lacks the second one."""
+    return {f"{NAMES.cls_logits}.weight", f"{NAMES.centerness}.weight"} <= set(keys)
 
 
 def config(state: Mapping[str, Tensor]) -> Config:
-    """The preset ``torchvision``, with the backbone, sizes and classes of these weights.
-
-    Raises:
-        ConvertError: the backbone is none of torchvision's ResNets that we have.
-    """
-    settings = torchvision()
-    model = settings.model
-    if "backbone.body.bn1.num_batches_tracked" in state:  # of one trained from scratch
+    """The settings that go with the weights. Raises ConvertError."""
+    preset = presets.torchvision()
+    state = _with_new_names(state)
+    model = infer(state, NAMES, preset.model)
+    if _COUNTER in state:  # nothing was pretrained, so that nothing was frozen
         model = replace(model, frozen_batch_norm=False, frozen_stages=0, backbone_weights="none")
-    model = replace(
-        model,
-        num_classes=_shape(state, "head.classification_head.cls_logits.weight")[0],
-        backbone=_backbone(state),
-        fpn_channels=_shape(state, "head.classification_head.cls_logits.weight")[1],
-        tower_convs=_count(state, "head.classification_head.conv.{}.weight", step=3),
-    )
-    return replace(settings, model=model)
+    return replace(preset, model=model)
 
 
 def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Our state dict of the same weights, and the keys that were ignored: none.
+    """Our state dict, and the keys left out: none.
 
-    All outputs are kept: of the 91 of COCO, 11 are of no category; see :func:`only_categories`.
+    All outputs are kept, also those of COCO's 91 that are of no category: see
+    :func:`only_categories`.
 
     Raises:
-        ConvertError: a key is unknown or missing, or has another shape than it should.
+        ConvertError: a key does not fit, or one is missing; it lists all.
     """
-    renamed, unknown = {}, []
-    for key, value in state.items():
-        ours = _renamed(OLD_NAMES.get(key, key), PARTS)
-        if ours is None:
-            unknown.append(key)
-        else:
-            renamed[ours] = value
-    _check(renamed, unknown, config(state).model)
-    return renamed, []
+    state = _with_new_names(state)
+    ours, ignored = translate(state, NAMES, config(state).model, ())
+    # Counters of trained norms, which a backbone of ours has under the same names.
+    counters = {key: state[key] for key in ignored if key in ours}
+    return {**ours, **counters}, [key for key in ignored if key not in ours]
 
 
 def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """State dict that torchvision's FCOS loads.
-
-    Args:
-        state: of our network.
-        config: its settings.
+    """What torchvision's FCOS loads, built with as many classes.
 
     Raises:
-        ConvertError: torchvision has no such network, or the weights are not of these settings.
+        ConvertError: torchvision has no such FCOS, or the weights are not of these settings.
     """
-    for name, value in _FIXED:
-        if (ours := getattr(config.model, name)) != value:
-            raise ConvertError(f"torchvision's FCOS has model.{name} {value}, got {ours}")
-    _check(state, [], config.model)
-    back = tuple((ours, theirs) for theirs, ours in PARTS)
-    renamed = {_renamed(key, back): value for key, value in state.items()}
-    return {key: value for key, value in renamed.items() if key is not None}
-
-
-def categories(num_classes: int) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-    """Names and ids of COCO's 80 categories, if a network has torchvision's 91 outputs.
-
-    Output i is of the category with the id i. The first output is nothing's, and so are ten more
-    whose ids COCO does not use.
-    """
-    if num_classes != len(_CATEGORIES):
-        return None
-    ids = tuple(i for i, name in enumerate(_CATEGORIES) if name not in _NO_CATEGORY)
-    return tuple(_CATEGORIES[i] for i in ids), ids
+    model = config.model
+    for name, needed in (
+        ("activation", "relu"),
+        ("normalize_ltrb", True),
+        ("centerness_branch", "box"),
+        ("trainable_scales", False),
+        ("locations", "torchvision"),
+        ("strides", (8, 16, 32, 64, 128)),
+        ("p6_source", "p5"),
+        ("stride_in", "3x3"),
+        ("batch_norm_eps", 1e-5),
+        ("deformable_stages", ()),
+        ("tower_norm", "group"),
+        ("tower_bias", True),
+        ("tower_deformable", False),
+        ("shared_tower_convs", 0),
+    ):
+        if getattr(model, name) != needed:
+            raise ConvertError(
+                f"torchvision's FCOS needs model.{name} {needed!r}, got {getattr(model, name)!r}"
+            )
+    if not model.backbone.startswith("resne") or model.backbone == "resnet10_half":
+        raise ConvertError(f"torchvision's FCOS is not made with {model.backbone}")
+    if lacking := sorted(network_shapes(model).keys() - state.keys()):
+        raise ConvertError(f"lacks {', '.join(lacking)}")
+    counters = {key: value for key, value in state.items() if key.endswith(COUNTER)}
+    return {**translate_back(state, NAMES, model), **counters}
 
 
 def only_categories(
     state: Mapping[str, Tensor], config: Config
 ) -> tuple[dict[str, Tensor], Config]:
-    """Our state dict and settings without the 11 outputs of 91 that stand for no category.
+    """Our state dict and settings for the 80 categories of COCO, in the order of their ids.
 
-    The scores of the others stay what they are: each is a sigmoid of its own. Training has taught
-    the 11 to be near 0 everywhere. With another number of outputs nothing changes.
+    Output i of 91 is of the category with the id i: the first is of none, nor are ten whose ids are
+    not used. Training has taught them to be near 0. What is left keeps its scores, each of which is
+    a sigmoid of its own. With another number of outputs nothing changes.
     """
-    known = categories(config.model.num_classes or 0)
-    if known is None:
+    if config.model.num_classes != _OUTPUTS:
         return dict(state), config
-    names, ids = known
-    rows = torch.tensor(ids)
-    selected = {
-        key: value[rows] if key in ("head.cls_logits.weight", "head.cls_logits.bias") else value
-        for key, value in state.items()
-    }
-    return selected, replace(config, model=replace(config.model, num_classes=len(names)))
+    rows = torch.tensor(coco.CATEGORY_IDS)
+    selected = dict(state)
+    for key in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        selected[key] = state[key][rows]
+    return selected, replace(config, model=replace(config.model, num_classes=len(rows)))
 
 
-def _renamed(key: str, parts: tuple[tuple[str, str], ...]) -> str | None:
-    for before, after in parts:
-        if key.startswith(before):
-            return after + key.removeprefix(before)
-    return None
-
-
-def _check(state: Mapping[str, Tensor], unknown: list[str], model: ModelConfig) -> None:
-    """Raises ConvertError unless these are exactly the weights of this network of ours."""
-    try:
-        with torch.device("meta"):
-            expected = FCOS(model, pretrained_backbone=False).state_dict()
-    except ConfigError as error:
-        raise ConvertError(f"torchvision: no network of ours has these weights: {error}") from error
-    back = tuple((ours, theirs) for theirs, ours in PARTS)
-    wrong = [f"unknown key {key}" for key in unknown]
-    wrong += [f"unknown key {_renamed(key, back) or key}" for key in state.keys() - expected.keys()]
-    wrong += [f"missing key {_renamed(key, back) or key}" for key in expected.keys() - state.keys()]
-    wrong += [
-        f"{_renamed(key, back) or key} has shape {tuple(state[key].shape)}, not "
-        f"{tuple(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    ]
-    if wrong:
-        raise ConvertError("torchvision: the weights do not fit: " + "; ".join(sorted(wrong)))
-
-
-def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """Four numbers."""
-    if key not in state:
-        raise ConvertError(f"torchvision: the weights do not fit: missing key {key}")
-    if state[key].dim() != 4:
-        raise ConvertError(
-            f"torchvision: {key} must be the weight of a convolution, got the shape "
-            f"{tuple(state[key].shape)}"
-        )
-    return tuple(state[key].shape)
-
-
-def _count(state: Mapping[str, Tensor], key: str, step: int = 1) -> int:
-    """How many of the keys are there, without a gap."""
-    count = 0
-    while key.format(count * step) in state:
-        count += 1
-    return count
-
-
-def _backbone(state: Mapping[str, Tensor]) -> Backbone:
-    blocks = tuple(
-        _count(state, f"backbone.body.layer{stage}.{{}}.conv1.weight") for stage in range(1, 5)
-    )
-    first = _shape(state, "backbone.body.layer1.0.conv1.weight")
-    group = _shape(state, "backbone.body.layer1.0.conv2.weight")[1]
-    if (blocks, first, group) not in BACKBONES:
-        raise ConvertError(
-            f"torchvision: unknown backbone, of {blocks} blocks and a first convolution {first}; "
-            f"known are {', '.join(BACKBONES.values())}"
-        )
-    return BACKBONES[blocks, first, group]
+def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {OLD_NAMES.get(key, key): value for key, value in state.items()}

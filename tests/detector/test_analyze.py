@@ -147,7 +147,7 @@ def test_twins_and_boxes_without_area(tmp_path: Path) -> None:
 
 def test_same_as_training(shapes: Path) -> None:
     """The targets that training makes of the pictures, through its own data pipeline."""
-    for config in (tiny(), PRESETS["paper"](), improved()):
+    for config in (tiny(), PRESETS["paper"](), improved(), PRESETS["torchvision"]()):
         config = replace(config, data=replace(config.data, min_sizes=(150,), max_size=200))
         dataset = CocoDataset(shapes / "train.json", transforms=eval_transforms(config.data))
         annotations = read_annotations(shapes / "train.json", shapes / "images")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model
 from torchvision.models.detection import FCOS as TorchvisionFCOS
-from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.models.detection import (
+    FCOS_ResNet50_FPN_Weights,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn,
+)
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+import fcos
+from fcos.cli import main
+from fcos.convert import coco
 from fcos.convert import torchvision as converter
 from fcos.convert.errors import ConvertError
+from fcos.convert.names import BLOCKS
 from fcos.limits import check
 from fcos.model import FCOS
 from fcos.presets import paper, torchvision
@@ -44,7 +53,7 @@ def test_recognises(narrow: dict[str, Tensor]) -> None:
     assert not converter.recognises(meta_state(lambda: retinanet_resnet50_fpn(**plain)).keys())
 
 
-@pytest.mark.parametrize("backbone", sorted(set(converter.BACKBONES.values())))
+@pytest.mark.parametrize("backbone", BLOCKS)
 def test_backbones(backbone: str) -> None:
     def build() -> TorchvisionFCOS:
         body = get_model(backbone, weights=None)
@@ -83,7 +92,9 @@ def test_trained_batch_norm() -> None:
     config = converter.config(state)
     assert len(state) == 372 and not config.model.frozen_batch_norm
     check(config)
-    ours, _ = converter.to_ours(state)
+    ours, ignored = converter.to_ours(state)
+    assert ignored == []
+    assert ours.keys() == FCOS(config.model, False).state_dict().keys()
     assert converter.from_ours(ours, config).keys() == state.keys()
 
 
@@ -104,21 +115,21 @@ LOGITS = "head.classification_head.cls_logits.weight"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({LATERAL: None, "head.regression_head.conv.1.bias": None}, "missing key head.regression"),
-        ({LATERAL: None}, rf"do not fit: missing key {LATERAL}$"),
-        ({"neck.weight": torch.zeros(1)}, r"do not fit: unknown key neck.weight$"),
-        ({"head.regression_head.scale": torch.zeros(1)}, "unknown key head.regression_head.scale$"),
         (
-            {"head.regression_head.conv.6.weight": torch.zeros(1)},
-            "unknown key head.regression_head.conv.6.weight$",
+            {LATERAL: None, "head.regression_head.conv.1.bias": None},
+            f"2 keys do not fit resnet18: missing {LATERAL}; missing head.regression_head.conv.1",
         ),
+        ({LATERAL: None}, f"1 keys do not fit resnet18: missing {LATERAL}$"),
+        ({"neck.weight": torch.zeros(1)}, "unknown neck.weight$"),
+        ({"head.regression_head.scale": torch.zeros(1)}, "unknown head.regression_head.scale$"),
+        ({"head.regression_head.conv.6.weight": torch.zeros(1)}, "unknown head.regression_head.co"),
         ({LATERAL: torch.zeros(3)}, rf"{LATERAL} has shape \(3,\), not \(64,\)$"),
         ({"head.classification_head.cls_logits.bias": torch.zeros(91)}, r"\(91,\), not \(11,\)$"),
-        ({LOGITS: torch.zeros(11)}, "must be the weight of a convolution, got the shape"),
-        ({LOGITS: torch.zeros(11, 48, 3, 3)}, "no network of ours has these weights: model.fpn_"),
-        ({LOGITS: torch.zeros(0, 64, 3, 3)}, "no network of ours has these weights: model.num_c"),
-        ({LOGITS: None}, f"missing key {LOGITS}"),
-        ({"backbone.body.layer2.1.conv1.weight": None}, r"unknown backbone, of \(2, 1, 2, 2\)"),
+        ({LOGITS: torch.zeros(11)}, "must be the weight of a convolution, got shape"),
+        ({LOGITS: torch.zeros(11, 48, 3, 3)}, r"has shape \(11, 48, 3, 3\), not \(11, 64, 3, 3\)"),
+        ({LOGITS: torch.zeros(0, 64, 3, 3)}, "impossible network: model.num_classes"),
+        ({LOGITS: None}, f"lacks {LOGITS}"),
+        ({"backbone.body.layer2.1.conv1.weight": None}, r"with stages of \(2, 1, 2, 2\) blocks"),
     ],
     ids=range(12),
 )
@@ -144,22 +155,22 @@ def test_networks_that_torchvision_does_not_have() -> None:
     ):
         config = replace(twins.config, model=replace(twins.config.model, **change))
         (name,) = change
-        with pytest.raises(ConvertError, match=f"torchvision's FCOS has model.{name}"):
+        with pytest.raises(ConvertError, match=f"torchvision's FCOS needs model.{name}"):
             converter.from_ours(state, config)
-    with pytest.raises(ConvertError, match="torchvision's FCOS has model"):
+    with pytest.raises(ConvertError, match="torchvision's FCOS needs model"):
         converter.from_ours(state, paper())
     state.pop("head.ltrb.bias")
-    with pytest.raises(ConvertError, match="missing key head.regression_head.bbox_reg.bias$"):
+    with pytest.raises(ConvertError, match="lacks head.ltrb.bias$"):
         converter.from_ours(state, twins.config)
 
 
 def test_categories() -> None:
-    known = converter.categories(91)
-    assert known is not None and converter.categories(80) is None
-    names, ids = known
-    assert len(names) == len(ids) == len(set(names)) == 80
-    assert (names[0], ids[0], names[-1], ids[-1]) == ("person", 1, "toothbrush", 90)
-    assert set(range(91)) - set(ids) == {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    """Ours are those that torchvision's weights name."""
+    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    assert len(names) == 91
+    known = [i for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+    assert tuple(known) == coco.CATEGORY_IDS
+    assert tuple(names[i] for i in known) == coco.CLASS_NAMES
 
 
 def test_only_categories() -> None:
@@ -170,13 +181,37 @@ def test_only_categories() -> None:
     network = FCOS(config.model, pretrained_backbone=False)
     network.load_state_dict(state)
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    known = converter.categories(91)
-    assert known is not None
     with torch.no_grad():
         few, all_of_them = network(images), twins.ours(images)
     for ours, truth in zip(few.logits, all_of_them.logits, strict=True):
-        torch.testing.assert_close(ours, truth[:, list(known[1])])
+        torch.testing.assert_close(ours, truth[:, list(coco.CATEGORY_IDS)])
 
     other = make_twins(make_narrow(7))
     state, config = converter.only_categories(other.ours.state_dict(), other.config)
     assert config == other.config and state.keys() == other.ours.state_dict().keys()
+
+
+def test_file_of_91_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``fcos convert`` and ``fcos.load`` take the 80 categories, or all that are named."""
+    twins = make_twins(make_narrow(91))
+    weights, ours, back = (tmp_path / name for name in ("tv.pth", "ours.pt", "back.pth"))
+    torch.save(twins.theirs.state_dict(), weights)
+    assert main(["convert", "--weights", str(weights), "--output", str(ours)]) == 0
+    printed = capsys.readouterr().out
+    assert "torchvision" in printed and "11 outputs of 91" in printed
+    for path in (weights, ours):
+        predictor = fcos.load(path, device="cpu")
+        assert predictor.class_names == coco.CLASS_NAMES
+        assert predictor.category_ids == coco.CATEGORY_IDS
+        assert predictor.config.postprocess == torchvision().postprocess
+
+    names = [f"name {i}" for i in range(91)]
+    arguments = ["convert", "--weights", str(weights), "--class-names", *names]
+    assert main([*arguments, "--output", str(ours)]) == 0
+    assert fcos.load(ours, device="cpu").class_names == tuple(names)
+    arguments = ["convert", "--weights", str(ours), "--to", "torchvision"]
+    assert main([*arguments, "--output", str(back)]) == 0
+    state = torch.load(back, weights_only=True)
+    truth = twins.theirs.state_dict()
+    assert state.keys() == truth.keys()
+    assert all(torch.equal(state[key], value) for key, value in truth.items())

@@ -54,6 +54,17 @@ def network() -> FCOS:
     return network
 
 
+# Steps between locations that follow from the size of the images.
+LIKE_TORCHVISION = replace(
+    CONFIG,
+    model=replace(CONFIG.model, locations="torchvision"),
+    postprocess=replace(
+        CONFIG.postprocess, threshold_on="final", keep_empty=True, overlaps="torchvision"
+    ),
+)
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, LIKE_TORCHVISION], ids=["", "torchvision"])
+
+
 def batch(images: int = 2, height: int = 64, width: int = 96) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(images)
     sizes = torch.tensor([[height - 4, width - 2 * i] for i in range(images)])
@@ -80,9 +91,10 @@ def test_is_network_and_postprocessing(network: FCOS) -> None:
 
 
 @torch.no_grad()
-def test_compiles_whole(network: FCOS) -> None:
+@CONFIGS
+def test_compiles_whole(config: Config, network: FCOS) -> None:
     torch._dynamo.reset()
-    detector = Detector(network, CONFIG)
+    detector = Detector(network, config)
     compiled = torch.compile(detector, fullgraph=True, backend="aot_eager")
     for arguments in (batch(), batch(1), batch(2, 96, 64)):
         assert_same(compiled(*arguments), detector(*arguments))
@@ -90,8 +102,9 @@ def test_compiles_whole(network: FCOS) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
-def test_exports_whole(strict: bool, network: FCOS, tmp_path: Path) -> None:
-    detector = Detector(network, CONFIG)
+@CONFIGS
+def test_exports_whole(strict: bool, config: Config, network: FCOS, tmp_path: Path) -> None:
+    detector = Detector(network, config)
     images = torch.export.Dim("images", min=1, max=64)
     height, width = (32 * torch.export.Dim(name, min=1, max=64) for name in ("h", "w"))
     shapes = ({0: images, 2: height, 3: width}, {0: images}, {0: images})

@@ -16,7 +16,7 @@ from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.shapes import generate_shapes
 from fcos.data.transforms import eval_transforms
-from fcos.losses import Normalizers, assign, fcos_losses, step_normalizers
+from fcos.losses import Normalizers, assign, fcos_losses, start_of_moving, step_normalizers
 from fcos.model import FCOS, Predictions
 from fcos.postprocess import postprocess
 from fcos.presets import improved, tiny
@@ -358,3 +358,19 @@ def test_step_of_the_default_network_at_full_size(amp: bool) -> None:
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_moving_normalizer() -> None:
+    """0.9 of what it was and a tenth of the positives, or of 1 where there is none."""
+    config = LossConfig(normalizer="moving", box_weights="none")
+    moving = start_of_moving(torch.device("cpu"))
+    assert moving.item() == 300
+    expected = 300.0
+    for truth in (([[4, 4, 40, 40], [2, 2, 60, 60]], [1, 0]), NONE, ([[0, 0, 16, 16]], [0])):
+        targets = assign_batch(collate([sample(*truth)]), SMALL)
+        expected = 0.9 * expected + 0.1 * max(1, int(targets.num_pos.sum()))
+        normalizers = step_normalizers([targets], config, moving)
+        assert moving.item() == pytest.approx(expected, rel=1e-6)
+        assert normalizers.num_pos.item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="moving must be given for normalizer moving"):
+        step_normalizers([targets], config)

@@ -150,9 +150,26 @@ def test_detections_of_mixed_sizes(seed: int) -> None:
     check_detections(twins, [(333, 500)], seed)
 
 
-def test_detections_without_a_limit() -> None:
-    """All that NMS leaves of up to 1,000 candidates a level, not only the best 100."""
-    check_detections(make_twins(make_narrow(**SMALL, detections_per_img=5000)), MIXED[:2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # up to 1,000 candidates a level
+        {"topk_candidates": 150},  # so few that torchvision moves the classes apart
+        {"score_thresh": 0.5, "nms_thresh": 0.3},
+        {"score_thresh": 0.0, "topk_candidates": 20, "nms_thresh": 1.0},
+    ],
+    ids=str,
+)
+def test_detections_without_a_limit(options: dict[str, Any]) -> None:
+    """All that NMS leaves, not only the best 100."""
+    check_detections(make_twins(make_narrow(**SMALL, **options, detections_per_img=5000)), MIXED)
+
+
+def test_defaults() -> None:
+    """The limits that the twins take from torchvision's model are the preset's."""
+    assert make_twins(make_narrow()).config.postprocess == torchvision().postprocess
+    data = make_twins(make_narrow()).config.data
+    assert replace(data, flip_probability=0.5) == torchvision().data
 
 
 def test_large_images() -> None:

@@ -81,7 +81,13 @@ def make_twins(theirs: TorchvisionFCOS, seed: int = 0) -> Twins:
             max_size=transform.max_size,
             flip_probability=0.0,
         ),
-        postprocess=replace(config.postprocess, max_detections=theirs.detections_per_img),
+        postprocess=replace(
+            config.postprocess,
+            score_threshold=theirs.score_thresh,
+            iou_threshold=theirs.nms_thresh,
+            topk_candidates=theirs.topk_candidates,
+            max_detections=theirs.detections_per_img,
+        ),
     )
     ours = FCOS(config.model, pretrained_backbone=False)
     ours.load_state_dict(converter.to_ours(state)[0])
