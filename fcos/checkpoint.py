@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import config as config_module
 from .config import Config, ConfigError
+from .config_files import from_dict, to_dict
 
 FORMAT = "fcos-1"
 _KEYS = ("config", "class_names", "category_ids", "model")
@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     content = {
         "format": FORMAT,
         **content,
-        "config": config_module.to_dict(content["config"]),
+        "config": to_dict(content["config"]),
         "class_names": list(content["class_names"]),
         "category_ids": list(content["category_ids"]),
     }
@@ -84,7 +84,7 @@ def check_content(content: Any, path: Path) -> dict[str, Any]:
     if absent := [key for key in _KEYS if key not in content]:
         raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(absent)}")
     try:
-        config: Config = config_module.from_dict(content["config"], str(path))
+        config: Config = from_dict(content["config"], str(path))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     names = content["class_names"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from . import __version__
-from .config import Config, ConfigError, load_yaml
+from .config import Config, ConfigError
+from .config_files import load_yaml
 from .presets import PRESETS
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import limits, optim, report
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from .config import Config, ConfigError, save_yaml
+from .config import Config, ConfigError
+from .config_files import save_yaml
 from .cuda_graph import GraphedFunction
 from .data.batches import Batch, training_loader
 from .data.coco import CocoDataset, shared_image_files

@@ -8,7 +8,8 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from .config import Config, ConfigError, save_yaml
+from .config import Config, ConfigError
+from .config_files import save_yaml
 
 METRICS = (
     "iteration",

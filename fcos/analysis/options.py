@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import ConfigError, load_yaml
+from ..config import ConfigError
+from ..config_files import load_yaml
 from ..presets import PRESETS
 from .conventions import (
     Boundary,

@@ -59,6 +59,7 @@ def _to_ours(options: ConvertOptions, output: Path) -> None:
     found = convert(options.weights, options.source, options.class_names)
     save_checkpoint(output, found.content())
     print(f"{options.weights}: {found.family}, {len(found.state)} tensors mapped")
+    print(f"preset: {found.preset}, with the network of the weights")
     print(f"ignored: {_ignored(found.ignored)}")
     for line in _describe(found.config):
         print(line)
@@ -97,9 +98,10 @@ def _describe(config: Config) -> list[str]:
         f"{'strides' if model.normalize_ltrb else 'pixels'}, centerness on the "
         f"{model.centerness_branch} tower",
         f"images: {data.color_order} in 0..{data.pixel_range}, mean {data.mean}, std {data.std}, "
-        f"{data.min_sizes[-1]} x {data.max_size}",
-        f"detections: score {post.score}, threshold {post.score_threshold:g}, NMS "
-        f"{post.iou_threshold:g}, clip {post.clip}",
+        f"{data.min_sizes[-1]} x {data.max_size}, resize {data.resize}",
+        f"detections: score {post.score}, threshold {post.score_threshold:g} on the "
+        f"{post.threshold_on} score, NMS {post.iou_threshold:g}, clip {post.clip}, locations "
+        f"{model.locations}",
     ]
 
 

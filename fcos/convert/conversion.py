@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fcos.checkpoint import CheckpointError, check_content, is_ours, read_plain
 from fcos.config import Config
+from fcos.presets import PRESETS
 
 from . import coco, detectron2, torchvision
 from .errors import ConvertError
@@ -33,6 +34,11 @@ class Converted:
     state: dict[str, Tensor]
     ignored: list[str]
     """Keys that were left out on purpose."""
+
+    @property
+    def preset(self) -> str:
+        """The named settings that these are, but for the network; "" if there are none."""
+        return next((name for name in PRESETS if _same_rules(PRESETS[name](), self.config)), "")
 
     def content(self) -> dict[str, Any]:
         """For :func:`fcos.checkpoint.save_checkpoint`."""
@@ -107,6 +113,17 @@ def write_back(
         return WRITERS[target].from_ours(state, config)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error
+
+
+def _same_rules(a: Config, b: Config) -> bool:
+    """Whether outputs mean the same and become detections in the same way."""
+    meaning = ("activation", "normalize_ltrb", "centerness_branch", "boundary", "locations")
+    sizes = ("resize", "min_sizes", "max_size")
+    return (
+        (a.loss, a.postprocess, a.train) == (b.loss, b.postprocess, b.train)
+        and all(getattr(a.model, name) == getattr(b.model, name) for name in meaning)
+        and all(getattr(a.data, name) == getattr(b.data, name) for name in sizes)
+    )
 
 
 def _has_weights(content: Any) -> bool:

@@ -12,7 +12,8 @@ import pytest
 from fcos import cli
 from fcos.analysis.conventions import conventions_of, paper_conventions
 from fcos.analysis.options import ConventionOptions
-from fcos.config import ConfigError, save_yaml
+from fcos.config import ConfigError
+from fcos.config_files import save_yaml
 from fcos.presets import improved, paper, tiny
 from tests.detector.analysis_oracle import random_document
 

@@ -12,7 +12,8 @@ import yaml
 import fcos
 from fcos import cli
 from fcos.checkpoint import load_checkpoint
-from fcos.config import ConfigError, load_yaml
+from fcos.config import ConfigError
+from fcos.config_files import load_yaml
 from fcos.presets import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,15 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fcos.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    from_dict,
-    load_yaml,
-    save_yaml,
-    to_dict,
-)
+from fcos.config import Config, ConfigError, ModelConfig
+from fcos.config_files import from_dict, load_yaml, save_yaml, to_dict
 from fcos.limits import check
 from fcos.presets import PRESETS
 

@@ -185,6 +185,12 @@ def test_every_tensor_finds_its_place(case: str) -> None:
         found.pop("head.scales")
     assert all(key.endswith("num_batches_tracked") for key in found), found
 
+    tricks = " tricks" in case or "R-18" in case
+    assert result.preset == {
+        "original": "original-imprv" if "imprv" in case else "original",
+        "adelaidet": "adelaidet-rt" if " RT" in case else "adelaidet",
+        "mmdet": "mmdet-tricks" if tricks else "mmdet",
+    }.get(layout.family, layout.family)
     for setting, value in expected.items():
         section, _, setting = setting.rpartition(".")
         actual = getattr(getattr(result.config, section or "model"), setting)

@@ -94,7 +94,8 @@ def test_torchvision_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path
     ours, back = tmp_path / "ours.pt", tmp_path / "back.pth"
     assert run("--weights", tmp_path / "a.pth", "--output", ours) == 0
     assert run("--weights", ours, "--to", "torchvision", "--output", back) == 0
-    assert "torchvision, 372 tensors mapped" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "torchvision, 372 tensors mapped" in text and "preset: torchvision, " in text
     found = torch.load(back, weights_only=True)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], value) for key, value in state.items())

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fcos import engine
 from fcos.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from fcos.config import Config, ConfigError, load_yaml
+from fcos.config import Config, ConfigError
+from fcos.config_files import load_yaml
 from fcos.distributed import Process
 from fcos.engine import train
 from fcos.interrupt import Interrupted

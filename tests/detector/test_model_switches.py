@@ -101,6 +101,8 @@ def test_deformable_starts_as_half_a_convolution(stride: int, groups: int, bias:
 
 def test_deformable_trains_and_runs_in_bf16() -> None:
     network = build(tower_deformable=True)
+    for tower in (network.head.cls_tower, network.head.box_tower):
+        assert not any(p.any() for p in tower[3].offset.parameters())
     features = torch.randn(1, 3, 64, 64)
     outputs = network(features)
     sum(level.sum() for level in outputs.logits).backward()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fcos.config import Config, ConfigError, TrainConfig, load_yaml
+from fcos.config import Config, ConfigError, TrainConfig
+from fcos.config_files import load_yaml
 from fcos.presets import tiny
 from fcos.run_folder import METRICS, RunFolder
 
