@@ -21,10 +21,10 @@ from fcos.cuda_graph import GraphedFunction
 from fcos.data.batches import Batch
 from fcos.detector import autocast
 from fcos.distributed import Process
-from fcos.engine import Training
 from fcos.losses import assign
 from fcos.model import Predictions
 from fcos.recorder import LOSSES
+from fcos.training import Training
 from fcos_ext import FCOSLossOptions, fcos_loss_ref
 
 from . import shapes

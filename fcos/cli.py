@@ -6,16 +6,14 @@ import difflib
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from . import __version__
-from .config import Config, ConfigError
-from .config_files import load_yaml
-from .presets import PRESETS
+from .cli_options import EnvOptions, EvalOptions, PredictOptions
+from .config import ConfigError
+from .train_options import parse_train
 
 if TYPE_CHECKING:
     from .predict import Predictor
@@ -35,60 +33,6 @@ usage: fcos COMMAND [options]; fcos COMMAND --help
   bench     time the kernels and the detector against PyTorch's and torchvision's
   env       what is installed, what is missing and why
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class InferenceOptions:
-    """How a trained network runs."""
-
-    device: str = "auto"
-    """"auto", or as torch names it."""
-    amp: Literal["none", "bf16"] = "none"
-    """bf16: run the network under bfloat16 autocast."""
-    compile: bool = False
-    """torch.compile it, which takes minutes at first: for many images."""
-    graph: bool = False
-    """Record it as a CUDA graph for each of a few shapes that images are padded to."""
-
-
-@dataclass(frozen=True)
-class EvalOptions(InferenceOptions):
-    """Measure a checkpoint on annotated images: COCO's 12 numbers and a table by class."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File that fcos train wrote, such as runs/NAME/best.pt."""
-    annotations: Path | None = None
-    """COCO JSON. None: the validation annotations of the training run."""
-    images: Path | None = None
-    """Folder of the images. None: "images" beside the JSON, or the JSON's own folder."""
-    output: Path | None = None
-    """Folder for evaluation.json, detections.json and pictures. None: only the table."""
-    batch_size: int = 8
-    """Images at a time."""
-
-
-@dataclass(frozen=True)
-class PredictOptions(InferenceOptions):
-    """Draw detections on images and videos, and write them to a JSON file."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """File that fcos train wrote, such as runs/NAME/best.pt."""
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    """Images, videos, folders, or patterns in quotes such as "shots/*.jpg"."""
-    output: Path = Path("predictions")
-    """Folder for the drawn copies and detections.json."""
-    score_threshold: float = 0.5
-    """Detections with a lower score are left out."""
-    batch_size: int = 4
-    """Images at a time."""
-
-
-@dataclass(frozen=True)
-class EnvOptions:
-    """Show what is installed, what is missing and why."""
-
-    json: bool = False
-    """As JSON, for a bug report or a program."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,61 +128,6 @@ def _train(arguments: list[str]) -> int:
         kept = best if best.exists() else folder / "last.pt"
         print(f"done. Next: fcos predict {kept} YOUR_IMAGES")
     return 0
-
-
-def parse_train(arguments: list[str]) -> tuple[str, Config, Path | None]:
-    """``[PRESET] [--config FILE | --resume RUN] [options]`` to a name, settings, and the run.
-
-    Options are applied on top of the preset, the file, or the settings of the run. Exits with
-    tyro's message (and its suggestions) if one of them is unknown or malformed.
-    """
-    arguments = list(arguments)
-    config_file, resume = _take(arguments, "--config"), _take(arguments, "--resume")
-    preset = None
-    if arguments and not arguments[0].startswith("-"):
-        preset = arguments.pop(0)
-        if preset not in PRESETS:
-            near = difflib.get_close_matches(preset, PRESETS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"unknown preset {preset}; known are {', '.join(PRESETS)}{hint}")
-    if sum(x is not None for x in (preset, config_file, resume)) > 1:
-        raise ConfigError("train takes one of a preset, --config and --resume, not several")
-    if resume is not None:
-        from .checkpoint import load_checkpoint
-
-        default = load_checkpoint(Path(resume) / "last.pt")["config"]
-        name, described = Path(resume).name, f"--resume {resume}"
-    elif config_file is not None:
-        default, name, described = load_yaml(Path(config_file)), Path(config_file).stem, config_file
-    else:
-        name = described = preset or "improved"
-        default = PRESETS[name]()
-    config = tyro.cli(
-        Config,
-        prog=f"fcos train {described}",
-        description=(
-            f"Train a detector: fcos train [{'|'.join(PRESETS)} | --config FILE | --resume RUN] "
-            f"[options]. Defaults shown are those of {described}."
-        ),
-        default=default,
-        args=arguments,
-    )
-    return name, config, Path(resume) if resume is not None else None
-
-
-def _take(arguments: list[str], option: str) -> str | None:
-    """Remove ``option VALUE`` or ``option=VALUE`` from the arguments. Returns the value."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(option + "="):
-            del arguments[i]
-            return argument.split("=", 1)[1]
-        if argument == option:
-            if i + 1 == len(arguments):
-                raise ConfigError(f"{option} needs a value")
-            value = arguments[i + 1]
-            del arguments[i : i + 2]
-            return value
-    return None
 
 
 def _eval(arguments: list[str]) -> int:

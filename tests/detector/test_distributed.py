@@ -18,11 +18,12 @@ from fcos.data.batches import Batch, Sample, collate
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import eval_transforms
 from fcos.distributed import Process, choose_device, start_process, stop_process
-from fcos.engine import Training, _new_folder
+from fcos.engine import _new_folder
 from fcos.inference import InferencePass, detect_dataset
 from fcos.losses import assign
 from fcos.model import FCOS
 from fcos.presets import tiny
+from fcos.training import Training
 
 HERE = Process(0, 1, torch.device("cpu"))
 FROZEN = replace(tiny().model, num_classes=3, frozen_batch_norm=True)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcos import engine
+from fcos import engine, training
 from fcos.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fcos.config import Config, ConfigError
 from fcos.config_files import load_yaml
@@ -48,14 +48,14 @@ def with_validation(config: Config, shapes: Path) -> Config:
 
 def stop_after(iteration: int, patch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     """Send a signal in the middle of that iteration."""
-    step = engine.Training.step
+    step = training.Training.step
 
     def stepping(self: Any, *arguments: Any) -> Tensor:
         if self.iteration + 1 == iteration:
             signal.raise_signal(number)
         return step(self, *arguments)
 
-    patch.setattr(engine.Training, "step", stepping)
+    patch.setattr(training.Training, "step", stepping)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -120,7 +120,7 @@ def test_metrics_after_a_crash(
 ) -> None:
     """Rows written after the last checkpoint are written again, not twice."""
     config = with_validation(changed(short_run, iterations=8, eval_every=4, log_every=1), shapes)
-    step = engine.Training.step
+    step = training.Training.step
 
     def crash(self: Any, *arguments: Any) -> Tensor:
         if self.iteration == 6:
@@ -128,7 +128,7 @@ def test_metrics_after_a_crash(
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Training, "step", crash)
+        patch.setattr(training.Training, "step", crash)
         with pytest.raises(MemoryError):
             train(config, HERE)
     run = config.train.output
@@ -173,7 +173,7 @@ def test_run_folder_contents(short_run: Config, shapes: Path) -> None:
     assert [row["iteration"] for row in evaluated] == ["2", "4"]
     assert float(evaluated[-1]["ap"]) == pytest.approx(evaluation["AP"], abs=1e-6)
     rates = [float(row["lr"]) for row in rows(run) if row["lr"]]
-    expected = [engine.optim.learning_rate(i, config.train) for i in (1, 3)]
+    expected = [training.optim.learning_rate(i, config.train) for i in (1, 3)]
     assert rates == pytest.approx(expected, rel=1e-5)  # written with six digits
 
     with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
@@ -191,7 +191,7 @@ def test_best_is_the_moving_average(
     short_run: Config, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_validation(changed(short_run, iterations=4, eval_every=4), shapes)
-    step = engine.Training.step
+    step = training.Training.step
     expected: dict[str, Tensor] = {}
 
     def noting(self: Any, *arguments: Any) -> Tensor:
@@ -202,7 +202,7 @@ def test_best_is_the_moving_average(
                 expected[name] = 0.9 * old + 0.1 * value
         return losses
 
-    monkeypatch.setattr(engine.Training, "step", noting)
+    monkeypatch.setattr(training.Training, "step", noting)
     run = train(config, HERE)
     best = load_checkpoint(run / "best.pt")["model"]
     last = load_checkpoint(run / "last.pt")
@@ -219,9 +219,9 @@ def test_best_is_kept_when_the_ap_falls(
     config = with_validation(changed(short_run, iterations=4, eval_every=1), shapes)
     aps = iter([0.1, 0.3, 0.2, 0.3])
     monkeypatch.setattr(engine.report, "write_evaluation", lambda *a: None)
-    evaluate = engine.evaluate_coco
+    evaluate = training.evaluate_coco
     monkeypatch.setattr(
-        engine, "evaluate_coco", lambda *a, **k: replace(evaluate(*a, **k), AP=next(aps))
+        training, "evaluate_coco", lambda *a, **k: replace(evaluate(*a, **k), AP=next(aps))
     )
     run = train(config, HERE)
     assert load_checkpoint(run / "best.pt")["iteration"] == 2
@@ -229,12 +229,12 @@ def test_best_is_kept_when_the_ap_falls(
     assert last["iteration"] == 4 and last["training"]["best_ap"] == 0.3
 
 
-@pytest.mark.parametrize("term", engine.LOSSES)
+@pytest.mark.parametrize("term", training.LOSSES)
 def test_non_finite_loss(
     term: str, short_run: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     config = changed(short_run, iterations=9, eval_every=3, log_every=20)
-    losses, batches = engine.fcos_losses, []
+    losses, batches = training.fcos_losses, []
 
     def poisoned(*arguments: Any) -> dict[str, Tensor]:
         result = losses(*arguments)
@@ -242,14 +242,14 @@ def test_non_finite_loss(
             result[term] = result[term] * torch.nan
         return result
 
-    step = engine.Training.step
+    step = training.Training.step
 
     def noting(self: Any, batch: Any, rate: float) -> Tensor:
         batches.append(batch.image_ids)
         return step(self, batch, rate)
 
-    monkeypatch.setattr(engine, "fcos_losses", poisoned)
-    monkeypatch.setattr(engine.Training, "step", noting)
+    monkeypatch.setattr(training, "fcos_losses", poisoned)
+    monkeypatch.setattr(training.Training, "step", noting)
     with pytest.raises(NonFiniteLossError) as caught:
         train(config, HERE)
     message = str(caught.value)
@@ -269,7 +269,7 @@ def test_non_finite_weights_are_not_saved(
 ) -> None:
     """A finite loss whose gradient is not: the next loss would tell, but too late."""
     config = changed(short_run, iterations=4, eval_every=2)
-    step = engine.Training.step
+    step = training.Training.step
 
     def overflowing(self: Any, *arguments: Any) -> Tensor:
         losses = step(self, *arguments)
@@ -278,7 +278,7 @@ def test_non_finite_weights_are_not_saved(
                 self.network.head.scales[1] = torch.nan
         return losses
 
-    monkeypatch.setattr(engine.Training, "step", overflowing)
+    monkeypatch.setattr(training.Training, "step", overflowing)
     with pytest.raises(NonFiniteLossError, match="head.scales"):
         train(config, HERE)
     run = config.train.output
@@ -298,7 +298,7 @@ def test_settings_give_about_the_same_start(changes: dict[str, Any], short_run: 
     run = train(changed(short_run, iterations=2, log_every=1, **changes), HERE)
     plain = train(changed(short_run, iterations=2, log_every=1, output=run / "plain"), HERE)
     first, reference = rows(run)[0], rows(plain)[0]
-    for name in engine.LOSSES:
+    for name in training.LOSSES:
         # accumulation halves what batch norm sees
         tolerance = 0.2 if "accumulation" in changes else 0.05
         assert float(first[name]) == pytest.approx(float(reference[name]), rel=tolerance)
@@ -313,7 +313,7 @@ def test_accumulation_gives_the_same_weights(short_run: Config) -> None:
     a, b = (load_checkpoint(run / "last.pt")["training"]["network"] for run in (one, two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
-    initial = engine.FCOS(load_checkpoint(one / "last.pt")["config"].model).state_dict()
+    initial = training.FCOS(load_checkpoint(one / "last.pt")["config"].model).state_dict()
     assert any(not torch.equal(initial[name], a[name]) for name in a)
 
 
@@ -364,7 +364,7 @@ def test_resume_refuses_another_network(short_run: Config, shapes: Path, tmp_pat
 
 
 def test_resume_does_not_need_the_backbone_weights(short_run: Config, tmp_path: Path) -> None:
-    trunk = engine.FCOS(replace(short_run.model, num_classes=6)).backbone.body
+    trunk = training.FCOS(replace(short_run.model, num_classes=6)).backbone.body
     torch.save(trunk.state_dict(), tmp_path / "trunk.pt")
     config = changed(short_run, "model", backbone_weights=str(tmp_path / "trunk.pt"))
     run = train(changed(config, iterations=1), HERE)

@@ -10,8 +10,8 @@ from fcos.data.batches import training_loader
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import train_transforms
 from fcos.distributed import Process
-from fcos.engine import Training
 from fcos.inference import InferencePass
+from fcos.training import Training
 
 
 def test_of_training_and_inference(short_run: Config) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fcos import engine
+from fcos import engine, training
 from fcos.checkpoint import load_checkpoint
 from fcos.config import Config, ConfigError
 from fcos.data.batches import Batch, training_loader
 from fcos.data.coco import CocoDataset
 from fcos.data.transforms import train_transforms
 from fcos.distributed import Process
-from fcos.engine import Training, train
+from fcos.engine import train
+from fcos.training import Training
 from tests.detector.stand_in_graph import StandInGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     monkeypatch.setattr(engine.report, "draw_training_batch", lambda *arguments: None)
     monkeypatch.setattr(engine.report, "plot_training_curves", lambda *arguments: None)
     if device == "cpu":
-        monkeypatch.setattr(engine, "GraphedFunction", StandInGraph)
+        monkeypatch.setattr(training, "GraphedFunction", StandInGraph)
         monkeypatch.setattr(engine.limits, "check", lambda *arguments: None)
     StandInGraph.recordings = StandInGraph.replays = 0
     yield
