@@ -100,11 +100,11 @@ struct Cpu {
     const int64_t L = static_cast<int64_t>(call.levels.size());
     std::vector<Tile> tiles;
     std::vector<size_t> first_tile;  // of each image and level, and the end
-    const int step = locations_of_a_tile(call.classes);
     for (int64_t n = 0; n < call.images; ++n)
       for (int l = 0; l < L; ++l) {
         first_tile.push_back(tiles.size());
         const int locations = call.levels[l].locations;
+        const int step = locations_of_a_tile(call.levels[l], call.classes);
         for (int begin = 0; begin < locations; begin += step)
           tiles.push_back({n, l, begin, std::min(begin + step, locations), {}});
       }
