@@ -134,8 +134,9 @@ def has_near_ties(call: Call) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_torchvision(backend: str, part: int) -> None:
     rng = random.Random(part)
+    cases = 100 if backend == "simt" else 1000
     compared = found = 0
-    for _ in range(100):
+    for _ in range(cases):
         call = torchvision_call(rng)
         if has_near_ties(call):
             continue
@@ -149,4 +150,4 @@ def test_equals_torchvision(backend: str, part: int) -> None:
             close = torch.testing.assert_close
             close(ours.scores[n, :count].double(), theirs["scores"], rtol=1e-6, atol=0)
             close(ours.boxes[n, :count].double(), theirs["boxes"], rtol=1e-6, atol=1e-5)
-    assert compared > 60 and found > 1000
+    assert compared > 0.6 * cases and found > 10 * cases
