@@ -17,10 +17,10 @@ namespace fcos_ext {
 // One level of both branches, or all rows.
 struct BoxLevel {
   Tensor pred_tensor, centerness_tensor;    // kept alive
-  LevelRows<const void*> pred, centerness;  // what is read,
-  LevelRows<void*> by_pred, by_centerness;  // and, if gradients are made, written
   int64_t positions;                        // H W, or L
   int64_t first_row;                        // of the level, in the rows of an image
+  LevelRows<const void*> pred, centerness;  // what is read,
+  LevelRows<void*> by_pred, by_centerness;  // and, if gradients are made, written
 };
 
 // Everything that a kernel is told. Rows are locations, counted through levels and then images.
@@ -107,7 +107,7 @@ inline LevelRows<const void*> level_rows(const BoxCall& call, Tensor& t) {
 
 inline void add_level(BoxCall& call, const Tensor& pred, const Tensor& centerness,
                       int64_t positions) {
-  BoxLevel level{pred, centerness, {}, {}, {}, {}, positions, call.rows_per_image};
+  BoxLevel level{pred, centerness, positions, call.rows_per_image};
   level.pred = level_rows(call, level.pred_tensor);
   level.centerness = level_rows(call, level.centerness_tensor);
   call.levels.push_back(level);
