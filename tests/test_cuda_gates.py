@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,10 +59,13 @@ def test_kernels_keep_to_their_budget(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_are_found(source: Path) -> None:
     """Report and disassembly tell of the same kernels, and of some where the source has some."""
+    text = source.read_text()
+    for header in re.findall(r'#include "(\w+\.cuh)"', text):
+        text += (source.parent / header).read_text()
     for each in compile_all([source], TESTED):
         report, code = read_report(each), read_disassembly(each)
         assert report.keys() == code.keys()
-        assert bool(report) == ("__global__" in source.read_text())
+        assert bool(report) == ("__global__" in text)
         assert all(usage.registers > 0 for usage in report.values())
         assert all(c.count("EXIT") > 0 for c in code.values())
 
