@@ -30,10 +30,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--only", metavar="TEXT", help="cases of one benchmark, by their names")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in NAMES]:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known are {', '.join(NAMES)}")
+    if options.only is not None and len(options.names) != 1:
+        parser.error("--only needs the name of one benchmark before it")
     passed_on = ["--device", options.device, *(["--quick"] if options.quick else [])]
+    passed_on += [] if options.only is None else ["--only", options.only]
     wrong = 0
     for name in options.names or NAMES:
         print(f"\n== {name}", flush=True)

@@ -6,15 +6,24 @@ Compared are what one would use instead: torchvision's assignment and our refere
 torchvision's is its own ``FCOS.compute_loss``, which ends where the losses would begin. It keeps
 all pairs of a location and a box, of which there are too many for it at 5,000 boxes an image.
 
+With the environment variable FCOS_COCO_BOXES, a JSON of COCO's annotations, there are also batches
+of its images, each with the boxes that it has.
+
 The label of a box is its number in the image, so that the labels tell which box was assigned.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import math
+import os
+import random
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +40,7 @@ from .harness import OURS, Case, Results, main
 OP = "assign_targets"
 BOXES_PER_IMAGE = (0, 8, 50, 500, 5000)
 TORCHVISION_MAX = 500
+COCO_BATCHES = (1, 2, 8, 16, 32)
 #: The ranges of the paper, which torchvision has too: 4 to 8 strides.
 SIZE_RANGES = ((0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 
@@ -57,6 +67,24 @@ def make_boxes(count: int, image_size: tuple[int, int], generator: torch.Generat
     free = torch.tensor([width, height]) - sides
     corner = (torch.rand(count, 2, generator=generator) * free).mul(4).round().div(4)
     return torch.cat([corner, corner + sides], dim=1)
+
+
+@functools.cache
+def coco_boxes(annotations: Path) -> list[Tensor]:
+    """float32 [M, 4] of each wide image, as it is resized for training: to 800 x up to 1333."""
+    content = json.loads(annotations.read_text())
+    rows = defaultdict(list)
+    for annotation in content["annotations"]:
+        if not annotation["iscrowd"]:
+            rows[annotation["image_id"]].append(annotation["bbox"])
+    boxes = []
+    for image in content["images"]:
+        if image["width"] < image["height"]:
+            continue
+        scale = min(800 / image["height"], 1333 / image["width"])
+        xywh = torch.tensor(rows[image["id"]], dtype=torch.float32).view(-1, 4) * scale
+        boxes.append(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1))
+    return boxes
 
 
 def feature_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -127,15 +155,26 @@ def cases(device: torch.device, quick: bool = False) -> Sequence[Case]:
     threads = [None] if device.type == "cuda" else [1] if quick else [1, 2]
     counts = (0, 8) if quick else BOXES_PER_IMAGE
     image_size = (128, 160) if quick else shapes.IMAGE_SIZE
-    return [
+    result = [
         make_case(device, images, image_size, M, number)
         for number, M in itertools.product(threads, counts)
     ]
+    if coco := os.environ.get("FCOS_COCO_BOXES"):
+        result += [
+            make_case(device, batch, shapes.IMAGE_SIZE, Path(coco), number)
+            for number, batch in itertools.product(threads, COCO_BATCHES)
+        ]
+    return result
 
 
 def make_case(
-    device: torch.device, images: int, image_size: tuple[int, int], M: int, threads: int | None
+    device: torch.device,
+    images: int,
+    image_size: tuple[int, int],
+    M: int | Path,
+    threads: int | None,
 ) -> Case:
+    """Of M boxes an image, or of those of COCO's annotations."""
     sizes = feature_sizes(image_size)
     anchors, locations_per_level = torchvision_anchors(sizes)
     options: dict[str, Any] = {
@@ -146,33 +185,48 @@ def make_case(
         "normalize": True,
     }
 
-    def make_inputs(seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        boxes = torch.cat([make_boxes(M, image_size, generator) for _ in range(images)])
-        labels = torch.arange(M).repeat(images)
-        offsets = torch.arange(images + 1) * M
-        return tuple(x.to(device) for x in (boxes, labels, offsets, anchors))
+    def make_inputs(seed: int) -> tuple[Any, ...]:
+        if isinstance(M, int):
+            generator = torch.Generator().manual_seed(seed)
+            boxes = [make_boxes(M, image_size, generator).to(device) for _ in range(images)]
+        else:
+            boxes = random.Random(seed).sample(coco_boxes(M), images)
+            boxes = [each.to(device) for each in boxes]
+        labels = [torch.arange(len(each), device=device) for each in boxes]
+        counts = torch.tensor([0, *(len(each) for each in boxes)], device=device)
+        packed = (torch.cat(boxes), torch.cat(labels), counts.cumsum(0))
+        # As torchvision's users have them: a list for each image.
+        return *packed, anchors.to(device), boxes, labels
 
-    def ours(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
+    def ours(boxes: Tensor, labels: Tensor, offsets: Tensor, *_: Any) -> Results:
         return (assign_targets(boxes, labels, offsets, **options).labels,)
 
-    def reference(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
+    def reference(boxes: Tensor, labels: Tensor, offsets: Tensor, *_: Any) -> Results:
         return (assign_targets_ref(boxes, labels, offsets, **options).labels,)
 
-    def torchvision(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
-        # As its users have them: a list for each image.
-        split = boxes.view(images, M, 4).unbind(), labels.view(images, M).unbind()
+    def torchvision(_: Tensor, __: Tensor, ___: Tensor, anchors: Tensor, *split: Any) -> Results:
         return (torchvision_targets(*split, anchors, locations_per_level)[0],)
 
-    def truth(*inputs: Tensor) -> Results:
+    def truth(*inputs: Any) -> Results:
         return tuple(labels.double() for labels in reference(*inputs))
 
+    def truth_of_torchvision(boxes: Tensor, labels: Tensor, offsets: Tensor, *_: Any) -> Results:
+        """Real boxes have areas that it cannot tell apart."""
+        targets = assign_targets_ref(boxes, labels, offsets, ties="torchvision", **options)
+        return (targets.labels.double(),)
+
     locations = sum(locations_per_level)
-    settings: dict[str, object] = {"boxes": M, "shape": [images, locations], "dtype": "float32"}
+    of_coco = isinstance(M, Path)
+    count = sum(map(len, coco_boxes(M))) / len(coco_boxes(M)) if isinstance(M, Path) else M
+    settings: dict[str, object] = {
+        "boxes": "COCO" if of_coco else M,
+        "shape": [images, locations],
+        "dtype": "float32",
+    }
     if threads is not None:
         settings["threads"] = threads
     providers = {OURS: ours, "reference, eager": reference}
-    if M <= TORCHVISION_MAX:
+    if count <= TORCHVISION_MAX:
         providers["torchvision"] = torchvision
     return Case(
         settings=settings,
@@ -182,7 +236,9 @@ def make_case(
         reference=truth,
         tolerance=0.0,
         # labels and matches, centerness, distances
-        bytes_moved=images * (locations * (8 + 8 + 4 + 16) + M * (16 + 8)),
+        bytes_moved=round(images * (locations * (8 + 8 + 4 + 16) + count * (16 + 8))),
+        environment="FCOS_COCO_BOXES=instances_val2017.json" if of_coco else "",
+        own_reference={"torchvision": truth_of_torchvision} if of_coco else {},
     )
 
 

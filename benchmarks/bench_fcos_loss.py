@@ -34,8 +34,6 @@ BOXES_PER_IMAGE = 8
 OPTIONS = FCOSLossOptions(
     strides=shapes.STRIDES, size_ranges=SIZE_RANGES, boundary="strict", box_weights="none"
 )
-#: Outputs of the head: logits, distances, centerness.
-CHANNELS = (shapes.NUM_CLASSES, 4, 1)
 
 # float32: of torchvision's box loss, which subtracts coordinates; ours has 1e-6
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}
@@ -71,10 +69,13 @@ def with_gradients(loss: Callable[..., Any]) -> Callable[..., Results]:
 
 
 def torchvision_loss(
-    anchors: Tensor, locations_per_level: list[int], sizes: Sequence[tuple[int, int]]
+    anchors: Tensor,
+    locations_per_level: list[int],
+    sizes: Sequence[tuple[int, int]],
+    classes: int,
 ) -> Callable[..., Results]:
     on = functools.cache(anchors.to)  # a device, which may not exist before the case runs
-    head = FCOSHead(32, 1, shapes.NUM_CLASSES, num_convs=1)
+    head = FCOSHead(32, 1, classes, num_convs=1)
     model = SimpleNamespace(center_sampling_radius=1.5, head=head)
 
     def run(*arguments: Tensor) -> Results:
@@ -116,7 +117,9 @@ def make_case(
     image_size: tuple[int, int],
     threads: int | None,
     dtype: torch.dtype,
+    classes: int = shapes.NUM_CLASSES,
 ) -> Case:
+    channels_of_outputs = (classes, 4, 1)  # logits, distances, centerness
     sizes = feature_sizes(image_size)
     locations = shapes.num_locations(image_size) * images
     anchors, locations_per_level = torchvision_anchors(sizes)
@@ -124,7 +127,7 @@ def make_case(
     def make_inputs(seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
         levels = []
-        for channels, (h, w) in itertools.product(CHANNELS, sizes):
+        for channels, (h, w) in itertools.product(channels_of_outputs, sizes):
             values = shapes.make_logits(images * channels, h * w, generator)
             values = values.view(images, channels, h, w)
             if channels == 4:  # distances, in strides
@@ -135,7 +138,7 @@ def make_case(
             part = [level.detach().flatten(2).mT for level in levels[i : i + len(sizes)]]
             rows.append(torch.cat(part, dim=1).requires_grad_())
         boxes = [make_boxes(BOXES_PER_IMAGE, image_size, generator) for _ in range(images)]
-        labels = torch.randint(shapes.NUM_CLASSES, (images * BOXES_PER_IMAGE,), generator=generator)
+        labels = torch.randint(classes, (images * BOXES_PER_IMAGE,), generator=generator)
         offsets = torch.arange(images + 1) * BOXES_PER_IMAGE
         truth = (torch.cat(boxes), labels, offsets)
         return *levels, *rows, *(x.to(device) for x in truth)
@@ -151,15 +154,15 @@ def make_case(
         "reference, eager": with_gradients(fcos_loss_ref),
     }
     if dtype == torch.float32:  # in bfloat16 its box loss has lost most digits
-        providers["torchvision"] = torchvision_loss(anchors, locations_per_level, sizes)
-    settings: dict[str, object] = {"mode": "forward + backward", "images": images}
-    settings |= {"dtype": str(dtype).removeprefix("torch.")}
+        providers["torchvision"] = torchvision_loss(anchors, locations_per_level, sizes, classes)
+    settings: dict[str, object] = {"mode": "forward + backward", "shape": [images, *image_size]}
+    settings |= {"classes": classes, "dtype": str(dtype).removeprefix("torch.")}
     if threads is not None:
         settings["threads"] = threads
     # The logits are read and the gradients written. Labels, distances, centerness and box numbers
     # of the targets are written; labels and centerness are summed up, and the labels written anew
     # and read by both losses.
-    outputs = shapes.NUM_CLASSES + sum(CHANNELS)
+    outputs = classes + sum(channels_of_outputs)
     targets = (8 + 16 + 4 + 8) + (8 + 4 + 4) + (4 + 4)
     return Case(
         settings=settings,
@@ -169,6 +172,7 @@ def make_case(
         reference=true_results,
         tolerance=TOLERANCE[dtype],
         bytes_moved=locations * (outputs * dtype.itemsize + targets),
+        logits=locations * classes,
     )
 
 

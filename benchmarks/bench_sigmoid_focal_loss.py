@@ -110,8 +110,8 @@ def make_case(
     threads: int | None,
     dtype: torch.dtype,
     mode: str,
+    classes: int = shapes.NUM_CLASSES,
 ) -> Case:
-    classes = shapes.NUM_CLASSES
     height, width = image_size
     sizes = [(-(-height // stride), -(-width // stride)) for stride in shapes.STRIDES]
     rows = shapes.num_locations(image_size) * images
@@ -162,6 +162,7 @@ def make_case(
         reference=truth,
         tolerance=TOLERANCE[dtype],
         bytes_moved=read * (logits_bytes + labels_bytes) + written * logits_bytes,
+        logits=rows * classes,
     )
 
 

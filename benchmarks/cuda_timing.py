@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,9 +31,11 @@ def measure(call: Call, rotation: Sequence[Inputs]) -> dict[str, Any]:
     - ``event_ms``: median between the events before and after one call
     - ``graph_ms``: of one call in a replayed graph, or ``no_graph``: why it cannot be captured
     - ``launches``: kernels, copies and fills of one call, where the profiler can count them
+    - ``synchronizations``: how often one call makes the host wait for the device
     """
     figures: dict[str, Any] = {"event_ms": event_ms(call, rotation)}
     figures["launches"] = count_launches(call, rotation[0])
+    figures["synchronizations"] = count_synchronizations(call, rotation[0])
     # First, as a failed capture can leave random number generators unusable.
     if reason := why_not_capturable(call, rotation[0]):
         figures["no_graph"] = reason
@@ -106,6 +109,19 @@ def count_launches(call: Call, inputs: Inputs) -> int | None:
         return None
     kinds = (event.device_type for event in profile.events() or ())
     return sum(kind == torch.autograd.DeviceType.CUDA for kind in kinds) or None
+
+
+def count_synchronizations(call: Call, inputs: Inputs) -> int:
+    """PyTorch warns of each, the ones in extensions that do not ask it left out."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def copy_gb_per_s(device: torch.device) -> float:

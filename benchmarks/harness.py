@@ -13,7 +13,9 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import random
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +54,10 @@ class Case:
     """Highest relative error, in the L2 norm, of each result."""
     bytes_moved: int = 0
     """What must at least be read and written; 0: not told."""
+    logits: int = 0
+    """Class scores that go in, to give memory as bytes for each of them; 0: not told."""
+    environment: str = ""
+    """Variables that the case needs, to be set before its command."""
     own_reference: Mapping[str, Callable[..., Results]] = field(default_factory=dict)
     """The truth of providers that compute something else, such as another detector."""
 
@@ -114,6 +120,8 @@ def run_case(case: Case, effort: Effort) -> list[dict[str, Any]]:
         rows[name] |= _summary(samples[name], samples.get(OURS))
         if case.bytes_moved:
             rows[name]["gb_per_s"] = case.bytes_moved / device_ms(rows[name]) / 1e6
+        if case.logits:
+            rows[name]["peak_bytes_per_logit"] = rows[name]["peak_extra_bytes"] / case.logits
     return list(rows.values())
 
 
@@ -213,8 +221,23 @@ def peak_extra_bytes(case: Case, name: str, inputs: tuple[Any, ...]) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
+def command(op: str, case: Case) -> str:
+    """What measures the case again."""
+    parts = ["python -m benchmarks", op, "--only", shlex.quote(case.name)]
+    if case.device.type != "cpu":
+        parts += ["--device", case.device.type]
+    elif isa := os.environ.get("FCOS_CPU_ISA"):
+        parts.insert(0, f"FCOS_CPU_ISA={isa}")
+    return " ".join([*filter(None, [case.environment]), *parts])
+
+
+def select(cases: Sequence[Case], name: str) -> list[Case]:
+    """The case of that name, or those whose names contain it."""
+    return [case for case in cases if case.name == name] or [c for c in cases if name in c.name]
+
+
 def print_rows(case: Case, rows: Sequence[dict[str, Any]]) -> None:
-    print(f"\n{case.name}")
+    print(f"\n{case.name}\n  $ {rows[0]['command']}")
     for row in rows:
         if refused := row.get("refused"):
             print(f"  {row['provider']:<28} {refused}")
@@ -245,19 +268,26 @@ def main(
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{op}")
     parser.add_argument("--quick", action="store_true", help="small and short, to see that it runs")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--only", metavar="TEXT", help="the case of that name, or all that have it")
     parser.add_argument(
-        "--output", type=Path, help="JSON file of rows; without --quick benchmarks/results/..."
+        "--output",
+        type=Path,
+        help="JSON file of rows; without --quick and --only benchmarks/results/...",
     )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     output: Path | None = options.output
-    if output is None and not options.quick:
+    if output is None and not options.quick and options.only is None:
         output = RESULTS / f"{op}-{device.type}.json"
 
     where = stamp(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     effort = QUICK if options.quick else FULL if device.type == "cpu" else FULL_CUDA
     cases = make_cases(device, options.quick)
+    if options.only is not None:
+        cases = select(cases, options.only)
+        if not cases:
+            parser.error(f"--only {options.only!r}: no case of {op} has it in its name")
     ceilings = {
         threads: copy_gb_per_s(device, threads)
         for threads in {case.settings.get("threads") for case in cases}
@@ -267,6 +297,7 @@ def main(
         case_rows = run_case(case, effort)
         ceiling = ceilings[case.settings.get("threads")]
         for row in case_rows:
+            row["command"] = command(op, case)
             if "gb_per_s" in row:
                 row["percent_of_copy"] = 100 * row["gb_per_s"] / ceiling
         print_rows(case, case_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -224,17 +225,25 @@ def test_times_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_timing, "event_ms", lambda call, rotation: 0.5)
     monkeypatch.setattr(cuda_timing, "count_launches", lambda call, inputs: 3)
     monkeypatch.setattr(cuda_timing, "graph_ms", lambda call, rotation: 0.25)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    mode = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.append(new))
 
     def waits(x: int) -> None:
-        raise RuntimeError("called a synchronizing CUDA operation\nmore")
+        """Twice, as PyTorch's operators do in each of its modes."""
+        for _ in range(2):
+            if mode[-1] == "error":
+                raise RuntimeError("called a synchronizing CUDA operation\nmore")
+            if mode[-1] == "warn":
+                warnings.warn("called a synchronizing CUDA operation (file.cpp:1)", stacklevel=1)
 
     def cannot(call: Any, rotation: Any) -> float:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    good = {"event_ms": 0.5, "launches": 3, "graph_ms": 0.25}
+    good = {"event_ms": 0.5, "launches": 3, "synchronizations": 0, "graph_ms": 0.25}
     assert cuda_timing.measure(lambda x: None, [(1,)]) == good
     row = cuda_timing.measure(waits, [(1,)])
+    assert row["synchronizations"] == 2 and mode[-1] == "default"
     assert row["no_graph"] == "called a synchronizing CUDA operation" and "graph_ms" not in row
     monkeypatch.setattr(cuda_timing, "graph_ms", cannot)
     row = cuda_timing.measure(lambda x: None, [(1,)])
