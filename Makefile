@@ -1,5 +1,6 @@
 # make demo   train, evaluate and use a detector on generated images, from nothing
 # make test   everything that must hold: style, types, tests
+# make bench  every benchmark, small and short: do they run, and are all results right?
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,7 +9,7 @@ FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* \
                         tests/simt/*.h tests/simt/*.cpp tests/simt/include/* \
                         tests/cuda_gates/planted/*)
 
-.PHONY: demo test check format abi gates clean
+.PHONY: demo test bench check format abi gates clean
 
 # An environment of its own: torch and torchvision from the package index, then this project, built
 # against that torch.
@@ -34,6 +35,10 @@ demo: .venv/installed
 
 test: check
 	$(BIN)/python -m pytest
+
+# Writes nothing; `fcos bench` without --quick measures.
+bench: .venv/installed
+	timeout 300 $(BIN)/fcos bench --quick
 
 check: .venv/installed
 	$(BIN)/ruff check

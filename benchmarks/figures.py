@@ -178,6 +178,20 @@ class Figures:
             and all(key in row for key in where)
         ]
 
+    def files(self) -> list[Path]:
+        """Of timed rows, one for each benchmark and kind of machine."""
+        return sorted(
+            path
+            for path in self._folder.glob("*-c*.json")
+            if "-cpu" in path.stem or "-cuda" in path.stem
+        )
+
+    def all_rows(self, part: str = "") -> list[Row]:
+        """Timed rows of the files in whose names ``part`` is: "cuda", or all."""
+        files = [path for path in self.files() if part in path.stem]
+        rows = [row for path in files for row in json.loads(path.read_text())]
+        return [row for row in rows if "median_ms" in row]
+
     def ratios(self, goal: Goal) -> list[float]:
         """Of the other provider's time to ours, case by case."""
         rows = self.rows(goal.op, goal.where, goal.suffix)

@@ -1,4 +1,6 @@
-"""Writes the README's table, docs/benchmarks.md and its plots from the committed results.
+"""Writes the README's table, docs/benchmarks.md, the tables of docs/scaling.md and their plots.
+
+From the committed results.
 
     python -m benchmarks.summary [--check]
 
@@ -9,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from . import plots
-from .figures import COMPILED, EAGER, GOALS, LINES, Figures, Goal, Line, Row, by_case
-from .harness import RESULTS
+from . import plots, scaling_page
+from .figures import COMPILED, EAGER, GOALS, LINES, Figures, Goal, Line, by_case
+from .harness import OURS, RESULTS
 
 ROOT = RESULTS.parents[1]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- benchmarks: begin -->\n", "<!-- benchmarks: end -->\n"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGE, SCALING = DOCS / "benchmarks.md", DOCS / "scaling.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, tell what is old")
     options = parser.parse_args(arguments)
     figures = Figures()
-    texts = {README: readme(README.read_text(), figures), PAGE: page(figures)}
+    texts = {
+        README: between_marks(README.read_text(), {"benchmarks": table(figures)}),
+        PAGE: page(figures),
+        SCALING: between_marks(SCALING.read_text(), scaling_page.tables(figures)),
+    }
     old = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     pictures = plots.outdated()
     if options.check:
@@ -43,11 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def readme(text: str, figures: Figures) -> str:
-    """``text`` with the table between the two marks made anew."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}{table(figures)}{END}{after}"
+def between_marks(text: str, contents: Mapping[str, str]) -> str:
+    """``text`` with what stands between the two marks of each name made anew."""
+    for name, content in contents.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}{content}{end}{after}"
+    return text
 
 
 def table(figures: Figures) -> str:
@@ -87,15 +96,22 @@ def _milliseconds(time: float) -> str:
 
 def page(figures: Figures) -> str:
     """docs/benchmarks.md."""
-    with_results = sorted({goal.op for goal in GOALS})
-    stamps = {op: _stamp(rows[0]) for op in with_results if (rows := figures.rows(op, {}))}
+    gpus = sorted({row["device"] for row in figures.all_rows("cuda")})
     text = [
         "# Benchmarks",
         "",
         "Made from [benchmarks/results](../benchmarks/results) by `python -m benchmarks.summary`.",
         "Times are medians over rounds in which the providers take turns; a provider whose result",
-        "is not the reference's, in float64, gets none. Everything here is float32 on two CPU",
-        "threads. No GPU has been timed yet: `python -m benchmarks.gpu_check` does it in one go.",
+        "is not the reference's, in float64, gets none. Unless said otherwise everything here is",
+        "float32 on two CPU threads. "
+        + (
+            f"Rows of {', '.join(gpus)} are there too."
+            if gpus
+            else "No GPU has been timed yet, so there are no rows of one:\n"
+            "`python -m benchmarks.gpu_check` measures in one go what the goals for GPUs name."
+        ),
+        "",
+        "How cost grows with images, classes, boxes and processes: [scaling.md](scaling.md).",
         "",
         "## Goals",
         "",
@@ -112,17 +128,61 @@ def page(figures: Figures) -> str:
     for picture in plots.PICTURES:
         text += [f"![{picture.caption}]({picture.path.name})", "", picture.caption + ".", ""]
     text += [
+        "## Where another is faster",
+        "",
+        "Every row, of any dtype, size and number of threads, in which one of the others took less",
+        "time than `fcos_ext` did.",
+        "",
+        *_losses(figures),
+        "",
         "## Where the figures come from",
+        "",
+        "Each row of the JSON holds the command that measures it again. All rows of a file:",
         "",
         "| results | measured on | command |",
         "|---|---|---|",
-        *(
-            f"| {op} | {stamp} | `python -m benchmarks.bench_{op}` |"
-            for op, stamp in stamps.items()
-        ),
+        *_origins(figures),
         "",
     ]
     return "\n".join(text)
+
+
+def _losses(figures: Figures) -> list[str]:
+    """Rows of a table, or a sentence if there are none."""
+    lines = []
+    for row in figures.all_rows():
+        ratio = row.get("ratio_to_ours", 1)
+        if ratio < 1 and not row["provider"].startswith((OURS, _PART)):
+            name = row["command"].partition("--only ")[2].strip("'") if "command" in row else ""
+            lines.append(f"| {row['op']} | {name} | {row['provider']} | {ratio:.2f} x |")
+    if not lines:
+        return ["There is none."]
+    return [
+        "| benchmark | case | the other | its time as a multiple of ours |",
+        "|---|---|---|---|",
+    ] + lines
+
+
+#: A provider that is no rival: a part of our own step, to compare with.
+_PART = "network alone"
+
+
+def _origins(figures: Figures) -> list[str]:
+    lines = []
+    for path in figures.files():
+        row = figures.all_rows(path.stem)[0]
+        stamp = ", ".join(
+            str(row[key])
+            for key in ("device", "instruction_set", "torch", "commit", "date")
+            if key in row
+        )
+        prefix = "FCOS_CPU_ISA=avx2 " if path.stem.endswith("avx2") else ""
+        device = " --device cuda" if "-cuda" in path.stem else ""
+        command = f"{prefix}python -m benchmarks {row['op']}{device}"
+        lines.append(
+            f"| [{path.stem}](../benchmarks/results/{path.name}) | {stamp} | `{command}` |"
+        )
+    return lines
 
 
 def _goal_line(goal: Goal, ratios: Sequence[float]) -> str:
@@ -133,11 +193,6 @@ def _goal_line(goal: Goal, ratios: Sequence[float]) -> str:
     measured = f"{least:,.{2 if least < 10 else 1 if least < 100 else 0}f} x"
     verdict = "met" if least >= goal.at_least else "**missed**"
     return f"| {goal.title} | {against} | {goal.at_least:g} x | {measured} | {verdict} |"
-
-
-def _stamp(row: Row) -> str:
-    keys = ("device", "instruction_set", "torch", "commit", "date")
-    return ", ".join(str(row[key]) for key in keys)
 
 
 if __name__ == "__main__":

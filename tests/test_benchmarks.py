@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +14,28 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmarks.__main__
 from benchmarks import (
-    bench_accelerate,
-    bench_fcos_loss,
-    bench_inference,
+    bench_assign_targets,
     bench_iou_loss,
     bench_nms,
     bench_sigmoid_focal_loss,
-    bench_train_step,
     figures,
     harness,
     shapes,
     summary,
 )
-from benchmarks.harness import OURS, QUICK, Case, main, peak_extra_bytes, run_case, verify
+from benchmarks.__main__ import main as benchmarks_main
+from benchmarks.harness import (
+    OURS,
+    QUICK,
+    Case,
+    command,
+    main,
+    peak_extra_bytes,
+    run_case,
+    verify,
+)
 from fcos import cli
 
 CPU = torch.device("cpu")
@@ -47,16 +58,14 @@ def make_case(**providers: Any) -> Case:
 @pytest.mark.parametrize(
     "module, num_rows, baseline",
     [
-        (bench_fcos_loss, 4, "torch.compile of reference"),
-        (bench_inference, 3, "torchvision"),
         (bench_iou_loss, 8, "torch.compile of reference"),
         (bench_sigmoid_focal_loss, 22, "torch.compile of reference"),
-        (bench_train_step, 3, "torchvision"),
     ],
 )
 def test_quick_run(
     module: Any, num_rows: int, baseline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of two. All of them: `make bench`."""
     output = tmp_path / "new" / "rows.json"
     arguments = ["--quick", "--output", str(output)]
     assert main(module.OP, module.cases, arguments) == 0
@@ -69,15 +78,80 @@ def test_quick_run(
         assert (row["ratio_to_ours"] == 1) or row["provider"] != OURS
     printed = capsys.readouterr().out
     assert printed.count("x ours") == num_rows and baseline in printed
+    if module is bench_sigmoid_focal_loss:
+        # logits, and the gradient beside them
+        (row,) = (
+            r
+            for r in rows
+            if r["provider"] == OURS
+            and r["form"] == "levels"
+            and (r["mode"] == "forward + backward")
+        )
+        assert row["peak_bytes_per_logit"] == pytest.approx(2, rel=0.1)
 
 
-def test_quick_run_of_a_section(tmp_path: Path) -> None:
-    """Of torchvision's model: loss and post-processing."""
-    output = tmp_path / "rows.json"
-    arguments = ["--quick", "--output", str(output)]
-    assert main(bench_accelerate.OP, bench_accelerate.cases, arguments) == 0
-    rows = json.loads(output.read_text())
-    assert [row["provider"] for row in rows] == [OURS, "torchvision"] * 2
+def test_row_is_repeated_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only its case runs, and no results are overwritten."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    case = bench_nms.cases(CPU, quick=True)[-1]
+    repeat = shlex.split(command(bench_nms.OP, case))
+    assert repeat[:5] == ["python", "-m", "benchmarks", "nms", "--only"]
+    assert benchmarks_main([*repeat[3:], "--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  $ python -m benchmarks nms --only ") == 1
+    assert shlex.split(printed.partition("  $ ")[2].splitlines()[0]) == repeat
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_of_a_row_holds_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FCOS_CPU_ISA", "avx2")
+    case = replace(make_case(), environment="FCOS_COCO_BOXES=coco.json")
+    expected = "FCOS_COCO_BOXES=coco.json FCOS_CPU_ISA=avx2 python -m benchmarks sum --only "
+    assert command("sum", case) == f"{expected}'mode forward, threads 1'"
+
+
+@pytest.mark.parametrize(
+    "arguments, rule",
+    [
+        (["nms", "--only", "no such thing"], "no case of nms has it in its name"),
+        (["--only", "threads 1"], "--only needs the name of one benchmark before it"),
+    ],
+)
+def test_unknown_case(arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks_main(arguments)
+    assert rule in capsys.readouterr().err
+
+
+def test_names_of_cases_are_different() -> None:
+    """So that a command names one case."""
+    for name in benchmarks.__main__.NAMES:
+        module = importlib.import_module(f"benchmarks.bench_{name}")
+        names = [case.name for case in module.cases(CPU)]
+        assert len(set(names)) == len(names), name
+
+
+def test_boxes_of_coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized with their image; crowds and upright images are left out."""
+    images = [(1, 480, 640), (2, 640, 480), (3, 100, 400)]
+    boxes = [(1, [0, 48, 64, 96], 0), (1, [0, 0, 640, 480], 1), (2, [1, 1, 9, 9], 0)]
+    content = {
+        "images": [{"id": i, "height": h, "width": w} for i, h, w in images],
+        "annotations": [{"image_id": i, "bbox": b, "iscrowd": c} for i, b, c in boxes],
+    }
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(content))
+    of_first, of_third = bench_assign_targets.coco_boxes(file)
+    assert torch.allclose(of_first, torch.tensor([[0, 48, 64, 144]]) * 800 / 480)
+    assert of_third.shape == (0, 4)
+    monkeypatch.setattr(bench_assign_targets, "COCO_BATCHES", (2,))
+    monkeypatch.setenv("FCOS_COCO_BOXES", str(file))
+    case = bench_assign_targets.cases(CPU)[-1]
+    assert case.settings["boxes"] == "COCO"
+    for name in case.providers:
+        assert "refused" not in verify(case, name, case.make_inputs(0)), name
 
 
 def test_indices_have_to_be_equal() -> None:
@@ -169,6 +243,34 @@ def test_summary_of_other_results(tmp_path: Path) -> None:
         "| `batched_nms`, 5,000 random boxes | torchvision | 4 x | 3.50 x | **missed** |" in lines
     )
     assert sum("not measured" in line for line in lines) == len(lines) - 1
+
+
+def test_rows_that_lose_are_shown(tmp_path: Path) -> None:
+    settings = {"op": "nms", "shape": [9, 4], "command": "python -m benchmarks nms --only 'a, b'"}
+    settings |= dict.fromkeys(("device", "torch", "commit", "date"), "x")
+    rows = [
+        settings | {"provider": OURS, "median_ms": 2.0, "ratio_to_ours": 1},
+        settings | {"provider": f"{OURS}, otherwise", "median_ms": 1.0, "ratio_to_ours": 0.5},
+        settings | {"provider": "torchvision", "median_ms": 1.9, "ratio_to_ours": 0.95},
+        settings | {"provider": "apex", "median_ms": 3.0, "ratio_to_ours": 1.5},
+    ]
+    (tmp_path / "nms-cpu.json").write_text(json.dumps(rows))
+    text = summary.page(figures.Figures(folder=tmp_path))
+    assert "| nms | a, b | torchvision | 0.95 x |" in text
+    assert "otherwise |" not in text and "apex |" not in text
+    assert "No GPU has been timed yet" in text
+    rows = [row | {"device": "NVIDIA H200"} for row in rows]
+    (tmp_path / "nms-cuda.json").write_text(json.dumps(rows))
+    assert "Rows of NVIDIA H200, x are" not in text
+    assert "Rows of NVIDIA H200 are" in summary.page(figures.Figures(folder=tmp_path))
+
+
+def test_text_between_marks() -> None:
+    text = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n<!-- y: begin -->\n<!-- y: end -->\n"
+    new = summary.between_marks(text, {"x": "new\n", "y": "more\n"})
+    assert new.replace("<!-- ", "").replace(" -->", "").splitlines() == [
+        "a", "x: begin", "new", "x: end", "b", "y: begin", "more", "y: end",
+    ]  # fmt: skip
 
 
 def test_all_of_them_by_one_command(
