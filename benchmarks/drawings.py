@@ -157,7 +157,8 @@ def roofline(figure: Figure, figures: Figures) -> None:
                 share = row["percent_of_copy"]
                 hatch = "//" if "fused" in provider else None
                 axes.barh(place, share, 0.9, color=_color(provider), hatch=hatch, ec="white")
-                axes.text(share * 1.08, place, f"{share:.2g}", va="center", fontsize=7)
+                text = f"{share:.0f}" if share >= 10 else f"{share:.1f}"
+                axes.text(share * 1.08, place, text, va="center", fontsize=7)
                 place += 1
             ticks.append((start + place - 1) / 2)
             titles.append(title)
@@ -170,7 +171,7 @@ def roofline(figure: Figure, figures: Figures) -> None:
     seen = {_name(name): _color(name) for name in (OURS, COMPILED, EAGER, "torchvision")}
     handles = [Patch(color=color, label=name) for name, color in seen.items()]
     handles.append(Patch(fc=_OURS, ec="white", hatch="//", label="ours, gradient with the loss"))
-    axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     _plain(axes)
 
 
