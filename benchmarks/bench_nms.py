@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_nms [--quick] [--device cuda] [--output FILE]
 
-Compared are torchvision's ``nms`` (one group) and ``batched_nms`` (80), and our reference in eager
-mode. The reference loops until nothing is left, so that ``torch.compile`` does not apply. To "keep
-100", the others keep all and cut.
+Compared are torchvision's ``nms`` (one group) and ``batched_nms`` (80), mmcv's and detectron2's
+where these are installed, and our reference in eager mode. The reference loops until nothing is
+left, so that ``torch.compile`` does not apply. To "keep 100", the others keep all and cut.
 
 Boxes are random, or "from a model": the best candidates that a trained one has for a crowded image
 (see ``candidates``), shuffled, of its three classes or taken for one.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fcos_ext import batched_nms, batched_nms_ref, nms, nms_ref
 
-from . import candidates, shapes
+from . import candidates, others, shapes
 from .harness import OURS, Case, Results, main
 
 OP = "nms"
@@ -172,7 +172,7 @@ def make_case(
     }
     if threads is not None:
         settings["threads"] = threads
-    providers = {OURS: ours, "torchvision": torchvisions}
+    providers = {OURS: ours, "torchvision": torchvisions} | others.nms(IOU_THRESHOLD)
     if n <= MAX_REFERENCE:
         providers["reference, eager"] = reference
     return Case(
