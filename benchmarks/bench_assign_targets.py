@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_assign_targets [--quick] [--device cuda] [--output FILE]
 
-Compared are what one would use instead: torchvision's assignment and our reference in eager mode.
+Compared are what one would use instead: torchvision's assignment, detectron2's where it is
+installed, and our reference in eager mode.
 torchvision's is its own ``FCOS.compute_loss``, which ends where the losses would begin. It keeps
 all pairs of a location and a box, of which there are too many for it at 5,000 boxes an image.
 
@@ -34,7 +35,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 
 from fcos_ext import assign_targets, assign_targets_ref
 
-from . import shapes
+from . import others, shapes
 from .harness import OURS, Case, Results, main
 
 OP = "assign_targets"
@@ -228,6 +229,7 @@ def make_case(
     providers = {OURS: ours, "reference, eager": reference}
     if count <= TORCHVISION_MAX:
         providers["torchvision"] = torchvision
+        providers |= others.assignments(images, M, locations_per_level)
     return Case(
         settings=settings,
         device=device,

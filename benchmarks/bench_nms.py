@@ -2,9 +2,12 @@
 
     python -m benchmarks.bench_nms [--quick] [--device cuda] [--output FILE]
 
-Compared are torchvision's ``nms`` (one group) and ``batched_nms`` (80), and our reference in eager
-mode. The reference loops until nothing is left, so that ``torch.compile`` does not apply. To "keep
-100", the others keep all and cut.
+Compared are torchvision's ``nms`` (one group) and ``batched_nms`` (80), mmcv's and detectron2's
+where these are installed, and our reference in eager mode. The reference loops until nothing is
+left, so that ``torch.compile`` does not apply. To "keep 100", the others keep all and cut.
+
+Boxes are random, or "from a model": the best candidates that a trained one has for a crowded image
+(see ``candidates``), shuffled, of its three classes or taken for one.
 
 Corners are whole numbers, scores differ, and the threshold is 0.5: then torchvision's offsets and
 float64 threshold are exact, and all results have to be equal.
@@ -22,12 +25,13 @@ from torch import Tensor
 
 from fcos_ext import batched_nms, batched_nms_ref, nms, nms_ref
 
-from . import shapes
+from . import candidates, others, shapes
 from .harness import OURS, Case, Results, main
 
 OP = "nms"
 IOU_THRESHOLD = 0.5
 CLASSES = shapes.NUM_CLASSES
+FROM_MODEL = "from a model"
 #: (n, layout, groups) of the boxes, in the order of interest.
 LINE_UP = [
     (1000, "random", CLASSES),
@@ -43,6 +47,10 @@ LINE_UP = [
     (100, "random", CLASSES),
     (20_000, "random", CLASSES),
     (20_000, "random", 1),
+    (1000, FROM_MODEL, 3),
+    (1000, FROM_MODEL, 1),
+    (2000, FROM_MODEL, 3),
+    (2000, FROM_MODEL, 1),
 ]
 #: The reference takes a second and more where few of more boxes than these are suppressed.
 MAX_REFERENCE = 1000
@@ -72,6 +80,20 @@ def disjoint_boxes(n: int, generator: torch.Generator) -> Tensor:
 def identical_boxes(n: int, generator: torch.Generator) -> Tensor:
     """One stays."""
     return torch.tensor([[10.0, 10.0, 90.0, 90.0]]).repeat(n, 1)
+
+
+def boxes_of_model(n: int, generator: torch.Generator) -> Inputs:
+    """Of one of its images: boxes, scores and labels, in random order."""
+    found = _candidates()
+    image = int(torch.randint(len(found.boxes), (), generator=generator))
+    order = torch.randperm(n, generator=generator)
+    scores = torch.arange(n, 0, -1)[order] / n  # no two alike, as they may be in half precision
+    return found.boxes[image, order], scores, found.labels[image, order]
+
+
+@functools.cache
+def _candidates() -> candidates.Candidates:
+    return candidates.load()
 
 
 LAYOUTS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
@@ -121,6 +143,9 @@ def make_case(
 ) -> Case:
     def make_inputs(seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
+        if layout == FROM_MODEL:
+            boxes, scores, idxs = boxes_of_model(n, generator)
+            return boxes.to(device), scores.to(device), idxs.to(device)
         boxes = LAYOUTS[layout](n, generator).round()
         scores = torch.randperm(n, generator=generator) / n
         # As the boxes, twenty alike: those of an object have one class.
@@ -147,7 +172,7 @@ def make_case(
     }
     if threads is not None:
         settings["threads"] = threads
-    providers = {OURS: ours, "torchvision": torchvisions}
+    providers = {OURS: ours, "torchvision": torchvisions} | others.nms(IOU_THRESHOLD)
     if n <= MAX_REFERENCE:
         providers["reference, eager"] = reference
     return Case(

@@ -5,7 +5,7 @@
 As rows, [44800, 80], and as the network gives it: five levels [2, 80, H, W] to an image. Compared
 are what one would use instead: torchvision's function, with and without the making of
 the one-hot targets that it needs, our reference in eager mode, and ``torch.compile`` of the
-reference, which is the best form of it in plain PyTorch.
+reference, which is the best form of it in plain PyTorch. See ``others`` for fvcore, mmcv and apex.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fcos_ext import sigmoid_focal_loss, sigmoid_focal_loss_ref
 
-from . import shapes
+from . import others, shapes
 from .harness import OURS, Case, Results, main
 
 OP = "sigmoid_focal_loss"
@@ -53,9 +53,7 @@ def reference(logits: Any, labels: Tensor, one_hot: Tensor, count: Tensor) -> Te
 
 
 def torchvision_given(logits: Any, labels: Tensor, one_hot: Tensor, count: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor):  # as its own detectors do
-        logits = torch.cat([x.flatten(2).transpose(1, 2) for x in logits], dim=1).flatten(0, 1)
-    loss = torchvision.ops.sigmoid_focal_loss(logits, one_hot, reduction="sum")
+    loss = torchvision.ops.sigmoid_focal_loss(others.as_rows(logits), one_hot, reduction="sum")
     return loss / count.clamp(min=1)
 
 
@@ -147,6 +145,8 @@ def make_case(
         "torchvision, one-hot given": run(torchvision_given),
         "torchvision, one-hot made": run(torchvision_made),
     }
+    theirs = others.focal_losses(device, dtype, classes)
+    providers |= {name: run(loss) for name, loss in theirs.items()}
     # Labels and logits are read; then again, and the gradient is written.
     logits_bytes, labels_bytes = rows * classes * dtype.itemsize, rows * 8
     read, written = (1, 0) if mode == "forward" else (2, 1)

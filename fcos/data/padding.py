@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from fcos.config import DataConfig
 
@@ -36,10 +38,21 @@ def pad_images(images: Sequence[Tensor], shapes: Sequence[Shape] = ()) -> tuple[
         raise ValueError("pad_images: images must hold at least one image, got none")
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
     height, width = padded_size((int(sizes[:, 0].max()), int(sizes[:, 1].max())), shapes)
-    padded = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+    padded = _empty((len(images), images[0].shape[0], height, width), images[0])
     for slot, image in zip(padded, images, strict=True):
-        slot[:, : image.shape[-2], : image.shape[-1]].copy_(image)
+        rows, columns = image.shape[-2:]
+        slot[:, :rows, :columns] = image
+        slot[:, :rows, columns:] = 0
+        slot[:, rows:] = 0
     return padded, sizes
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """In a loader's worker, in memory shared with training: else sending it would copy it."""
+    if get_worker_info() is None:
+        return like.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.itemsize)
+    return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def padded_size(size: Shape, shapes: Sequence[Shape] = ()) -> Shape:
