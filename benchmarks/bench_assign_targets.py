@@ -229,6 +229,7 @@ def make_case(
     providers = {OURS: ours, "reference, eager": reference}
     if count <= TORCHVISION_MAX:
         providers["torchvision"] = torchvision
+    if isinstance(M, int) and M <= TORCHVISION_MAX:
         providers |= others.assignments(images, M, locations_per_level)
     return Case(
         settings=settings,

@@ -132,7 +132,7 @@ def assignments(
     detector = SimpleNamespace(center_sampling_radius=RADIUS, num_classes=background)
     detector._match_anchors = functools.partial(theirs.FCOS._match_anchors, detector)
 
-    def assign(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor) -> Results:
+    def assign(boxes: Tensor, labels: Tensor, offsets: Tensor, anchors: Tensor, *_: Any) -> Results:
         # As its users have them: instances of each image, anchors of each level.
         instances = [
             structures.Instances((1, 1), gt_boxes=structures.Boxes(b), gt_classes=c)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from . import bench_processes
 from .figures import Figures, Row, Settings, by_case
 from .harness import OURS
 
@@ -34,9 +35,13 @@ def tables(figures: Figures) -> dict[str, str]:
             [r for r in figures.rows("padded_batched_nms", {}) if r["shape"][1] == 1000],
             lambda row: str(row["shape"][0]),
         ),
+        "processes": _processes(figures),
+        "loading": _loading(figures),
     }
 
 
+#: What docs/scaling.md assumes of a GPU in training.
+GPU_IMAGES_PER_S = 160
 _NMS: Settings = {"mode": "keep all", "boxes": "random", "groups": 80}
 
 
@@ -82,6 +87,41 @@ def _table(title: str, rows: Sequence[Row], value: Format) -> str:
         cells.append("" if theirs is None else mebibytes(theirs["peak_extra_bytes"]))
         lines.append("| " + " | ".join(cells).replace("|  |", "| |").rstrip() + " |")
     return "\n".join(lines) + "\n"
+
+
+def _processes(figures: Figures) -> str:
+    rows = figures.rows(bench_processes.OP, {"threads": 1})
+    if not rows:
+        return ""
+    lines = [
+        "| images | one process | two | images a second | efficiency | exchange of gradients |",
+        "|---|---|---|---|---|---|",
+    ]
+    for of in bench_processes.figures(rows):
+        images = f"{of['images']} in " + ("all" if of["scaling"] == "strong" else "each")
+        cells = [images, milliseconds(of["step_ms_of_one"]), milliseconds(of["step_ms"])]
+        cells.append(f"{of['images_per_s_of_one']:.0f} to {of['images_per_s']:.0f}")
+        cells += [
+            f"{of[share]:.0%}".replace("%", " %") for share in ("efficiency", "exchange_share")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _loading(figures: Figures) -> str:
+    """Images a second of one core, and how many cores keep a GPU busy."""
+    rows = figures.rows("data_loading", {"threads": 1, "workers": 0})
+    lines = []
+    for case in by_case(rows):
+        for provider, row in case.items():
+            rate = row["shape"][0] / row["median_ms"] * 1e3
+            name = provider.replace(OURS, "ours")
+            cores = f"{GPU_IMAGES_PER_S / rate:.1f}"
+            lines.append(f"| {row['mode']}, {name} | {rate:.0f} | {cores} |")
+    if not lines:
+        return ""
+    title = f"| | images a second of a core | cores for {GPU_IMAGES_PER_S} images a second |"
+    return "\n".join([title, "|---|---|---|", *lines]) + "\n"
 
 
 def times(theirs: Row, ours: Row) -> str:
