@@ -355,3 +355,14 @@ def test_python_ends_while_workers_run(folder):
     command = [sys.executable, "-c", UNFINISHED, folder / "set.json"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (process.returncode, process.stdout, process.stderr) == (0, "leaving\n", "")
+
+
+def test_workers_pad_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that sending a batch copies nothing."""
+    images = [torch.randn(3, 40, 32), torch.randn(3, 16, 50)]
+    padded, _ = pad_images(images)
+    assert not padded.is_shared()
+    monkeypatch.setattr("fcos.data.padding.get_worker_info", lambda: 0)
+    shared, _ = pad_images(images)
+    assert shared.is_shared() and torch.equal(shared, padded)
+    assert (padded[1, :, 16:] == 0).all() and (padded[:, :, :, 50:] == 0).all()
