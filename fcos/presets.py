@@ -126,4 +126,5 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "detectron2": dialects.detectron2,
     "mmdet": dialects.mmdet,
     "mmdet-tricks": dialects.mmdet_tricks,
+    "rosinality": dialects.rosinality,
 }

@@ -35,13 +35,9 @@ NAMES = Names(
     ltrb="head.bbox_pred",
     centerness="head.ctrness",
     first_stage=2,
+    trunk="backbone.bottom_up",
 )
 IGNORED = ("pixel_mean", "pixel_std", "anchor_generator.")
-# By a key that no other backbone has.
-_OTHER_BACKBONES = {
-    "backbone.bottom_up.base_layer.0.weight": "DLA",
-    "backbone.bottom_up.stem.stem_1/conv.weight": "VoVNet",
-}
 
 
 def recognises(keys: Collection[str]) -> bool:
@@ -53,7 +49,6 @@ def recognises(keys: Collection[str]) -> bool:
 
 def config(state: Mapping[str, Tensor]) -> Config:
     """The settings that go with the weights."""
-    check_backbone(state)
     preset = dialects.detectron2()
     model = infer(state, NAMES, preset.model)
     return replace(preset, model=model, data=pixel_statistics(state, preset.data))
@@ -93,13 +88,6 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     if len(model.strides) > 5:
         raise ConvertError(f"detectron2's pyramid has no strides beyond 128, got {model.strides}")
     return translate_back(state, NAMES, model)
-
-
-def check_backbone(state: Collection[str]) -> None:
-    """Raises ConvertError for backbones that this project does not have."""
-    for key, name in _OTHER_BACKBONES.items():
-        if key in state:
-            raise ConvertError(f"has a {name} backbone, which this project does not have")
 
 
 def pixel_statistics(state: Mapping[str, Tensor], data: DataConfig) -> DataConfig:
