@@ -10,12 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from foreign_trunks import dla34, hrfpn, hrnet, vovnet
+from foreign_trunks import dla34, hrfpn, hrnet, mobilenet, vovnet
 from torch import Tensor
 
 PLANS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 18: (2, 2, 2, 2)}
-# expansion, output channels, blocks of MobileNetV2's seven groups
-MOBILENET = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 
 #: What stands before the names of the backbone.
 ROOTS = {
@@ -51,7 +49,6 @@ class Checkpoint:
     def norm(self, theirs: str, role: str, channels: int, *, batch: bool = True) -> None:
         for part in ("weight", "bias", *(("running_mean", "running_var") if batch else ())):
             self.add(f"{theirs}.{part}", f"{role}.{part}", channels)
-
 
     def cycle(self, theirs: str, role: str, channels: int, levels: int) -> None:
         """Their one weight and bias have the role of each level's."""
@@ -128,7 +125,7 @@ def build(layout: Layout, make: Callable[[tuple[int, ...]], Tensor] | None = Non
         _head(checkpoint, layout)
         return checkpoint
     if layout.mobilenet:
-        stage_channels = _mobilenet(checkpoint)
+        stage_channels = mobilenet(checkpoint)
     elif layout.other == "DLA-34":
         stage_channels = dla34(checkpoint, root)
     elif layout.other:
@@ -186,32 +183,6 @@ def _resnet(c: Checkpoint, layout: Layout) -> list[int]:
             inputs = outputs
         channels.append(outputs)
     return channels[1:]
-
-
-def _mobilenet(c: Checkpoint) -> list[int]:
-    theirs, role = "backbone.body.features.", "backbone.body."
-    c.conv(f"{theirs}0.0", f"{role}0.0", 32, 3, 3)
-    c.norm(f"{theirs}0.1", f"{role}0.1", 32)
-    inputs, at = 32, 0
-    for expansion, outputs, blocks in MOBILENET:
-        for _ in range(blocks):
-            at += 1
-            hidden = inputs * expansion
-            block = f"{theirs}{at}.conv."
-            ours = f"{role}{at}.conv."
-            n = 0  # place in their one sequence of convolution, norm and ReLU6
-            unit = 0  # ours has those three in a unit of their own, but not the last two
-            if expansion > 1:
-                c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, inputs, 1)
-                c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
-                n, unit = n + 3, unit + 1
-            c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, 1, 3)
-            c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
-            n, unit = n + 3, unit + 1
-            c.conv(f"{block}{n}", f"{ours}{unit}", outputs, hidden, 1)
-            c.norm(f"{block}{n + 1}", f"{ours}{unit + 1}", outputs)
-            inputs = outputs
-    return [32, 96, 320]
 
 
 def _pyramid(c: Checkpoint, layout: Layout, stage_channels: list[int]) -> None:

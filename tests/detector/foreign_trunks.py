@@ -1,5 +1,7 @@
-"""The networks that are timm's here, under the names of their authors: DLA, VoVNet, HRNet and its
-pyramid. Written from descriptions of those networks; see ``foreign_checkpoints.py``."""
+"""Backbones that are no ResNets, under the names of their authors: MobileNetV2, DLA, VoVNet, HRNet.
+
+Written from descriptions of those networks; see ``foreign_checkpoints.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ if TYPE_CHECKING:
     from foreign_checkpoints import Checkpoint
 
 BODY = "backbone.body."
+# expansion, output channels, blocks of MobileNetV2's seven groups
+MOBILENET = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 #: Blocks of stages 2 to 5 by name, of five 3x3 convolutions each.
 VOVNETS = {
     "V-57": (1, 1, 4, 3),
@@ -18,6 +22,32 @@ VOVNETS = {
 }
 VOVNET_INNER = (128, 160, 192, 224)
 VOVNET_OUTER = (256, 512, 768, 1024)
+
+
+def mobilenet(c: Checkpoint) -> list[int]:
+    theirs, role = "backbone.body.features.", "backbone.body."
+    c.conv(f"{theirs}0.0", f"{role}0.0", 32, 3, 3)
+    c.norm(f"{theirs}0.1", f"{role}0.1", 32)
+    inputs, at = 32, 0
+    for expansion, outputs, blocks in MOBILENET:
+        for _ in range(blocks):
+            at += 1
+            hidden = inputs * expansion
+            block = f"{theirs}{at}.conv."
+            ours = f"{role}{at}.conv."
+            n = 0  # place in their one sequence of convolution, norm and ReLU6
+            unit = 0  # ours has those three in a unit of their own, but not the last two
+            if expansion > 1:
+                c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, inputs, 1)
+                c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
+                n, unit = n + 3, unit + 1
+            c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, 1, 3)
+            c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
+            n, unit = n + 3, unit + 1
+            c.conv(f"{block}{n}", f"{ours}{unit}", outputs, hidden, 1)
+            c.norm(f"{block}{n + 1}", f"{ours}{unit + 1}", outputs)
+            inputs = outputs
+    return [32, 96, 320]
 
 
 def dla34(c: Checkpoint, root: str, *, unused: bool = True) -> list[int]:
