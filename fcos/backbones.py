@@ -79,7 +79,7 @@ def _torchvision_trunk(config: ModelConfig, pretrained: bool) -> Trunk:
             state = _imagenet_weights(config.backbone)
         else:
             state = weights_from_file(Path(config.backbone_weights))
-        load_weights(body, state, config, _CLASSIFIERS)
+        load_weights(body, state, config, "torchvision", _CLASSIFIERS)
     if config.backbone == "mobilenet_v2":
         body = body.get_submodule("features")
         return Trunk(body, MOBILENET_STAGES, (32, 96, 320), ("6", "13", "17"))

@@ -7,13 +7,16 @@ https://arxiv.org/abs/1908.07919.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import ConfigError, ModelConfig
+from .convert.timm_names import BODY, VOVNETS
+from .convert.timm_names import timm_trunk as timm_trunk_names
 from .trunk import MissingPackageError, Stages, Trunk, load_weights, weights_from_file
 
 
@@ -51,7 +54,9 @@ _HRNET_STAGES = (
 
 def _vovnet(name: str, reason: str, **arguments: Any) -> Network:
     taps = ("stage3", "stage4", "stage5")
-    return Network(name, arguments, _VOVNET_STAGES, taps, (512, 768, 1024), ("head.",), reason)
+    return Network(
+        name, arguments, _VOVNET_STAGES, taps, (512, 768, 1024), ("head.", "classifier."), reason
+    )
 
 
 def _hrnet(width: int) -> Network:
@@ -62,6 +67,8 @@ def _hrnet(width: int) -> Network:
     return Network(f"hrnet_w{width}", arguments, _HRNET_STAGES, (), channels, classifiers)
 
 
+# The first whose networks can be laid out without memory, on torch's meta device.
+_OLDEST_TIMM = (1, 0, 22)
 _FEWER_ESE = "timm's have an eSE in the last block of each stage alone"
 #: By the names of :class:`fcos.config.ModelConfig`.
 NETWORKS = {
@@ -96,24 +103,34 @@ def timm_trunk(config: ModelConfig, pretrained: bool) -> Trunk:
         ConfigError: timm is not installed, or the weights cannot be had or do not fit.
     """
     try:
+        import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
         raise MissingPackageError(
             f"model.backbone {config.backbone} needs the package timm: pip install 'fcos[timm]' or "
             f"pip install timm ({error})"
         ) from error
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < _OLDEST_TIMM:
+        raise MissingPackageError(
+            f"model.backbone {config.backbone} needs timm {'.'.join(map(str, _OLDEST_TIMM))} or "
+            f"newer, got {timm.__version__}: pip install --upgrade timm"
+        )
     network = NETWORKS[config.backbone]
     wanted = config.backbone_weights if pretrained else "none"
     body = _create(config, network, imagenet=wanted == "imagenet")
+    is_vovnet = config.backbone in VOVNETS
+    if is_vovnet:
+        body = _flatten_vovnet(body)
     if wanted not in ("imagenet", "none"):
-        load_weights(body, weights_from_file(Path(wanted)), config, network.classifiers)
+        state = weights_from_file(Path(wanted))
+        if is_vovnet:
+            state = _vovnet_names(config.backbone, state)
+        load_weights(body, state, config, "timm", network.classifiers)
     if config.frozen_batch_norm:
         body = freeze_batch_norm_2d(body)
     for module in body.modules():
         if hasattr(module, "running_var"):
             module.eps = config.batch_norm_eps  # type: ignore[assignment]
-    if network.name.startswith(("vovnet", "ese_vovnet")):
-        body = _flatten_vovnet(body)
     return Trunk(body, network.stages, network.channels, network.taps)
 
 
@@ -151,3 +168,15 @@ def _flatten_vovnet(body: nn.Module) -> nn.Module:
     stages = body.get_submodule("stages").children()
     named = ((f"stage{i}", stage) for i, stage in enumerate(stages, start=2))
     return nn.Sequential(OrderedDict([("stem", body.get_submodule("stem")), *named]))
+
+
+def _vovnet_names(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in timm's names, or in those of VoVNet's authors, by the names in such a body."""
+    authors = {theirs: ours for ours, theirs in timm_trunk_names(backbone, "")}
+
+    def ours(key: str) -> str:
+        if key in authors:
+            return authors[key].removeprefix(f"{BODY}.")
+        return re.sub(r"^stages\.(\d)\.", lambda match: f"stage{int(match[1]) + 2}.", key)
+
+    return {ours(key): value for key, value in state.items()}

@@ -35,14 +35,18 @@ class Trunk(NamedTuple):
 
 
 def load_weights(
-    trunk: nn.Module, state: dict[str, Tensor], config: ModelConfig, ignored: tuple[str, ...]
+    trunk: nn.Module,
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    library: str,
+    ignored: tuple[str, ...],
 ) -> None:
     """Fill a trunk; all that it has must be there.
 
     Args:
         trunk: as the library that it is from makes it.
         state: weights by that library's names.
-        config: for messages.
+        config, library: for messages.
         ignored: beginnings of names on either side that do not matter: what classifies.
 
     Raises:
@@ -59,7 +63,6 @@ def load_weights(
     missing = [k for k in missing if not k.startswith(ignored) and _COUNTER not in k]
     unexpected = [k for k in unexpected if _COUNTER not in k]
     if missing or unexpected:
-        library = type(trunk).__module__.partition(".")[0]
         raise ConfigError(
             f"backbone weights {config.backbone_weights}: not a state dict of {library}'s "
             f"{config.backbone}; missing {missing[:5]}, unexpected {unexpected[:5]}"

@@ -154,7 +154,7 @@ def _trunk(names: Names, config: ModelConfig) -> Rows:
         yield from _mobilenet(names)
         return
     if config.backbone not in BLOCKS:
-        yield from timm_trunk(config.backbone, names.trunk)
+        yield from timm_trunk(config.backbone, f"{names.trunk}.")
         return
     yield from keys(OURS.stem_conv, names.stem_conv, CONV)
     yield from keys(OURS.stem_norm, names.stem_norm, BATCH_NORM)

@@ -41,7 +41,7 @@ def timm_trunk(backbone: str, theirs: str) -> Rows:
 
     Args:
         backbone: one of timm's.
-        theirs: what stands before the names of the trunk.
+        theirs: what stands before the names of the trunk, with a dot at its end; "": nothing.
     """
     if backbone == "dla34":
         return _dla(theirs)
@@ -60,8 +60,8 @@ def hrfpn(levels: int) -> Rows:
 
 def _unit(theirs: str, conv: str, norm: str) -> Rows:
     """A convolution and its norm, of the same names on both sides."""
-    yield from keys(f"{BODY}.{conv}", f"{theirs}.{conv}", CONV)
-    yield from keys(f"{BODY}.{norm}", f"{theirs}.{norm}", BATCH_NORM)
+    yield from keys(f"{BODY}.{conv}", f"{theirs}{conv}", CONV)
+    yield from keys(f"{BODY}.{norm}", f"{theirs}{norm}", BATCH_NORM)
 
 
 def _dla(theirs: str) -> Rows:
@@ -86,12 +86,12 @@ def _vovnet(backbone: str, theirs: str) -> Rows:
         yield from keys(f"{ours}.bn", f"{theirs}/norm", BATCH_NORM)
 
     for i in range(3):
-        yield from unit(f"{BODY}.stem.{i}", f"{theirs}.stem.stem_{i + 1}")
+        yield from unit(f"{BODY}.stem.{i}", f"{theirs}stem.stem_{i + 1}")
     for stage, count in enumerate(blocks, start=2):
         for block in range(count):
             name = f"OSA{stage}_{block + 1}"
             our_block = f"{BODY}.stage{stage}.blocks.{block}"
-            their_block = f"{theirs}.stage{stage}.{name}"
+            their_block = f"{theirs}stage{stage}.{name}"
             for i in range(VOVNET_LAYERS):
                 yield from unit(f"{our_block}.conv_mid.{i}", f"{their_block}.layers.{i}.{name}_{i}")
             yield from unit(f"{our_block}.conv_concat", f"{their_block}.concat.{name}_concat")

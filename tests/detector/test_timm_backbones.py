@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_checkpoints import Layout, Random, build
+from foreign_checkpoints import Checkpoint, Layout, Random, build
+from foreign_trunks import vovnet
 from torch import Tensor, nn
 
 import fcos
@@ -134,6 +135,14 @@ def test_without_timm(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
         FCOS(replace(MODEL, backbone=backbone))  # type: ignore[arg-type]
 
 
+def test_with_an_older_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.__version__", "1.0.21.dev0")
+    with pytest.raises(ConfigError, match="needs timm 1.0.22 or newer, got 1.0.21.dev0: pip inst"):
+        FCOS(replace(MODEL, backbone="dla34"))
+    monkeypatch.setattr("timm.__version__", "1.1")
+    on_meta("dla34")
+
+
 def test_conversion_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     state = build(Layout("adelaidet", other="DLA-34", levels=3, channels=96)).state
     monkeypatch.setitem(sys.modules, "timm.layers", None)
@@ -190,6 +199,38 @@ def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
         build_backbone(config, pretrained=True)
     with pytest.raises(ConfigError, match="gone.pth: no such file"):
         build_backbone(replace(config, backbone_weights="gone.pth"), pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "timms"),
+    [("V-39-eSE", "vovnet39_ese", "ese_vovnet39b"), ("V-57", "vovnet57", "vovnet57a")],
+)
+def test_vovnet_weights_from_a_file(kind: str, backbone: Any, timms: str, tmp_path: Path) -> None:
+    """In timm's names, of which it lacks some with eSE, and in the authors'."""
+    import timm
+
+    checkpoint = Checkpoint(Random(seed=0))
+    vovnet(checkpoint, "", kind)
+    path = tmp_path / "theirs.pth"
+    torch.save({**checkpoint.state, "classifier.weight": torch.zeros(1)}, path)
+    config = replace(MODEL, backbone=backbone, backbone_weights=str(path))
+    body = build_backbone(config, pretrained=True).body.state_dict()
+    for role, theirs in checkpoint.roles.items():
+        assert torch.equal(body.pop(role.removeprefix("backbone.body.")), checkpoint.state[theirs])
+    assert not body
+
+    arguments = {} if kind.endswith("eSE") else {"residual": True}
+    model = timm.create_model(timms, **arguments)
+    torch.save(model.state_dict(), path)
+    if kind.endswith("eSE"):
+        with pytest.raises(ConfigError, match="missing .*stage4.blocks.0.attn.fc.weight"):
+            build_backbone(config, pretrained=True)
+        return
+    body = build_backbone(config, pretrained=True).body
+    name = "blocks.1.conv_mid.2.conv.weight"
+    assert torch.equal(
+        body.get_parameter(f"stage4.{name}"), model.get_parameter(f"stages.2.{name}")
+    )
 
 
 def test_convert_predict_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
