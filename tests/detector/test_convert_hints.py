@@ -154,6 +154,18 @@ def test_classes_are_said() -> None:
     assert nothing.assumed == []
 
 
+def test_file_of_rosinality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are beside the state of its optimiser."""
+    path = tmp_path / "epoch-24.pt"
+    state = build(Layout("rosinality", other="V-57", bias=False, c5=True, **SMALL)).state
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"model": state, "optim": optimizer}, path)
+    assert cli.main(["convert", "--weights", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "preset: rosinality" in printed and "vovnet57" in printed
+    assert "rgb in 0..1, mean (0.40789654, " in printed and "resize truncate" in printed
+
+
 @pytest.mark.parametrize("place", ["config", "cfg"])
 def test_notes_of_a_file(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Read as text, wherever mmdetection's versions keep them; anything else is no note."""
