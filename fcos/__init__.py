@@ -35,7 +35,7 @@ def load(
         amp, compile, graph: how it runs; see :class:`fcos.Predictor`.
 
     Raises:
-        fcos.config.ConfigError: ``graph`` without a GPU.
+        fcos.config.ConfigError: ``graph`` without a GPU, or a backbone of timm without timm.
         fcos.checkpoint.CheckpointError: the file is missing, damaged or foreign.
     """
     from .checkpoint import load_weights

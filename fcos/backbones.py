@@ -1,4 +1,4 @@
-"""The trunk: networks of torchvision, their ImageNet weights, and the feature pyramid."""
+"""The backbone: networks of torchvision, their ImageNet weights, and the feature pyramid."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .checkpoint import CheckpointError, read_plain
 from .config import ConfigError, ModelConfig
 from .deformable import DeformableConv2d
+from .high_resolution import HighResolutionBackbone
+from .timm_backbones import NETWORKS, timm_trunk
+from .trunk import Stages, Trunk, load_weights, weights_from_file
 
 Norm = Callable[[int], nn.Module]
-
-Stages = tuple[tuple[str, ...], ...]
 
 # The stages in the order in which they can be frozen.
 STAGES: Stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
@@ -34,8 +34,8 @@ BOTTLENECKS = ("resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d")
 _CLASSIFIERS = ("fc.", "classifier.")
 
 
-def build_backbone(config: ModelConfig, pretrained: bool) -> BackboneWithFPN:
-    """The configured trunk with a feature pyramid on C3, C4 and C5.
+def build_backbone(config: ModelConfig, pretrained: bool) -> nn.Module:
+    """The configured trunk with a feature pyramid on C3, C4 and C5; its ``body`` and its ``fpn``.
 
     Args:
         config: which trunk, which weights, what is frozen.
@@ -44,37 +44,50 @@ def build_backbone(config: ModelConfig, pretrained: bool) -> BackboneWithFPN:
     Raises:
         ConfigError: the weights cannot be had, or do not fit.
     """
-    kind = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
-    norm: Norm = partial(kind, eps=config.batch_norm_eps)
-    if config.backbone == "resnet10_half":
-        trunk: nn.Module = ResNet10Half(norm)
+    if config.backbone in NETWORKS:
+        trunk = timm_trunk(config, pretrained)
     else:
-        trunk = get_model(config.backbone, weights=None, norm_layer=norm)
-    if pretrained and config.backbone_weights != "none":
-        _load_weights(trunk, config)
-    stages, taps = STAGES, ("layer2", "layer3", "layer4")
-    channels = [128, 256, 512] if isinstance(trunk, ResNet) else [64, 128, 256]
-    if config.backbone == "mobilenet_v2":
-        trunk = trunk.get_submodule("features")
-        stages, taps, channels = MOBILENET_STAGES, ("6", "13", "17"), [32, 96, 320]
-    elif config.backbone in BOTTLENECKS:
-        channels = [4 * c for c in channels]
-        _adapt_bottlenecks(trunk, config)
-    for stage in stages[: config.frozen_stages]:
+        trunk = _torchvision_trunk(config, pretrained)
+    for stage in trunk.stages[: config.frozen_stages]:
         for name in stage:
-            trunk.get_submodule(name).requires_grad_(False)
+            trunk.body.get_submodule(name).requires_grad_(False)
+    if not trunk.taps:
+        return HighResolutionBackbone(trunk, config.fpn_channels, len(config.strides))
     return BackboneWithFPN(
-        trunk,
-        return_layers=dict(zip(taps, ("p3", "p4", "p5"), strict=True)),
-        in_channels_list=channels,
+        trunk.body,
+        return_layers=dict(zip(trunk.taps, ("p3", "p4", "p5"), strict=True)),
+        in_channels_list=list(trunk.channels),
         out_channels=config.fpn_channels,
         # the pyramid's own default would append a pooled level
         extra_blocks=ExtraLevels(
             config.fpn_channels,
             len(config.strides) - 3,
-            channels[-1] if config.p6_source == "c5" else None,
+            trunk.channels[-1] if config.p6_source == "c5" else None,
         ),
     )
+
+
+def _torchvision_trunk(config: ModelConfig, pretrained: bool) -> Trunk:
+    kind = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    norm: Norm = partial(kind, eps=config.batch_norm_eps)
+    if config.backbone == "resnet10_half":
+        body: nn.Module = ResNet10Half(norm)
+    else:
+        body = get_model(config.backbone, weights=None, norm_layer=norm)
+    if pretrained and config.backbone_weights != "none":
+        if config.backbone_weights == "imagenet":
+            state = _imagenet_weights(config.backbone)
+        else:
+            state = weights_from_file(Path(config.backbone_weights))
+        load_weights(body, state, config, "torchvision", _CLASSIFIERS)
+    if config.backbone == "mobilenet_v2":
+        body = body.get_submodule("features")
+        return Trunk(body, MOBILENET_STAGES, (32, 96, 320), ("6", "13", "17"))
+    channels = (128, 256, 512) if isinstance(body, ResNet) else (64, 128, 256)
+    if config.backbone in BOTTLENECKS:
+        channels = (512, 1024, 2048)
+        _adapt_bottlenecks(body, config)
+    return Trunk(body, STAGES, channels, ("layer2", "layer3", "layer4"))
 
 
 def _adapt_bottlenecks(trunk: nn.Module, config: ModelConfig) -> None:
@@ -148,30 +161,6 @@ class ExtraLevels(ExtraFPNBlock):
         return results, names
 
 
-def _load_weights(trunk: nn.Module, config: ModelConfig) -> None:
-    if config.backbone_weights == "imagenet":
-        state = _imagenet_weights(config.backbone)
-    else:
-        state = _weights_from_file(Path(config.backbone_weights))
-    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
-    try:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # a shape differs
-        raise ConfigError(
-            f"backbone weights {config.backbone_weights}: do not fit {config.backbone}: "
-            f"{str(error).splitlines()[-1].strip()}"
-        ) from error
-    missing = [
-        k for k in missing if not k.startswith(_CLASSIFIERS) and "num_batches_tracked" not in k
-    ]
-    unexpected = [k for k in unexpected if "num_batches_tracked" not in k]
-    if missing or unexpected:
-        raise ConfigError(
-            f"backbone weights {config.backbone_weights}: not a state dict of torchvision's "
-            f"{config.backbone}; missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
-
-
 def _imagenet_weights(backbone: str) -> dict[str, Tensor]:
     if backbone == "resnet10_half":
         raise ConfigError(
@@ -189,14 +178,4 @@ def _imagenet_weights(backbone: str) -> dict[str, Tensor]:
             f"connection, fetch {first.url} elsewhere and set model.backbone_weights to that "
             "file, or set it to none to train from scratch"
         ) from error
-    return state
-
-
-def _weights_from_file(path: Path) -> dict[str, Tensor]:
-    try:
-        state = read_plain(path)
-    except CheckpointError as error:
-        raise ConfigError(f"backbone weights {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"backbone weights {path}: must be a state dict, names to tensors")
     return state

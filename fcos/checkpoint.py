@@ -122,6 +122,26 @@ def read_plain(path: Path) -> Any:
         ) from error
 
 
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` file. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: needs the package safetensors (pip install safetensors)"
+        ) from error
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except Exception as error:  # its own error is no ValueError or OSError
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or damaged ({first_line})"
+        ) from error
+    return tensors
+
+
 def load_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict whose names and shapes must all agree. Raises CheckpointError."""
     own = network.state_dict()

@@ -21,6 +21,14 @@ Backbone = Literal[
     "resnext101_32x8d",
     "resnext101_64x4d",
     "mobilenet_v2",
+    "dla34",
+    "vovnet57",
+    "vovnet39_ese",
+    "vovnet57_ese",
+    "vovnet99_ese",
+    "hrnet_w18",
+    "hrnet_w32",
+    "hrnet_w40",
 ]
 TowerNorm = Literal["group", "batch", "level_batch", "none"]
 
@@ -36,9 +44,11 @@ class ModelConfig:
     num_classes: int | None = None
     """Object classes, without background. None: as many as the training annotations have."""
     backbone: Backbone = "resnet50"
-    """ResNet, ResNeXt or MobileNetV2 of torchvision; resnet10_half is a small one for CPUs."""
+    """ResNet, ResNeXt or MobileNetV2 of torchvision; DLA, VoVNet or HRNet, which need the package
+    timm (pip install 'fcos[timm]'); resnet10_half is a small one for CPUs."""
     backbone_weights: str = "imagenet"
-    """"imagenet" (torchvision's, downloaded once), "none", or the path of a state dict."""
+    """"imagenet" (torchvision's or timm's, downloaded once), "none", or the path of a state dict
+    with their names."""
     frozen_batch_norm: bool = True
     """Batch norm as a fixed scale and shift; False trains it (for training from scratch)."""
     batch_norm_eps: float = 1e-5
@@ -77,7 +87,8 @@ class ModelConfig:
     fpn_channels: int = 256
     """Channels of the feature pyramid and of the head."""
     p6_source: Literal["p5", "c5"] = "p5"
-    """What the first of the extra levels is made from: P5, or the backbone's last stage."""
+    """What the first of the extra levels is made from: P5, or the backbone's last stage. With an
+    HRNet all levels are made from all of its branches."""
     shared_tower_convs: int = 0
     """3x3 convolutions that both towers have in common, before them."""
     tower_convs: int = 4

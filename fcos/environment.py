@@ -13,7 +13,17 @@ from rich.table import Table
 
 from fcos_ext import _library
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "matplotlib", "tyro", "av")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "pycocotools",
+    "matplotlib",
+    "tyro",
+    "av",
+    "timm",
+)
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

@@ -72,8 +72,9 @@ def check(config: Config, world_size: int = 1, device: str = "cpu") -> None:
     model = config.model
     if model.backbone_weights == "imagenet" and data.color_order == "bgr":
         raise ConfigError(
-            "data.color_order is bgr, but model.backbone_weights is imagenet: torchvision's, which "
-            "know RGB; set model.backbone_weights to a file of weights that were trained on BGR"
+            "data.color_order is bgr, but model.backbone_weights is imagenet: torchvision's or "
+            "timm's, which know RGB; set model.backbone_weights to a file of weights that were "
+            "trained on BGR"
         )
     if model.backbone_weights == "none" and model.frozen_stages:
         raise ConfigError(

@@ -13,10 +13,21 @@ from fcos_ext.grids import Grid
 Locations = Literal["half_stride", "torchvision"]
 
 
-def feature_sizes(image_size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """(height, width) of each feature level, for an image of (height, width) pixels."""
-    height, width = image_size
-    return [(-(-height // s), -(-width // s)) for s in strides]
+def feature_sizes(
+    image_size: tuple[int, int], strides: Sequence[int], backbone: str = ""
+) -> list[tuple[int, int]]:
+    """(height, width) of each feature level, for a padded image of (height, width) pixels.
+
+    Each convolution of a pyramid rounds up; means over 4, 8 or more pixels of an HRNet's finest
+    branch, which become its levels, round down where any are left.
+    """
+    if backbone.startswith("hrnet"):
+        height, width = (
+            [-(-max(1, pixels // (s // 2)) // 2) for s in strides] for pixels in image_size
+        )
+        return list(zip(height, width, strict=True))
+    rows, columns = image_size
+    return [(-(-rows // s), -(-columns // s)) for s in strides]
 
 
 def level_grids(

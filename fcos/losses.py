@@ -56,7 +56,7 @@ def assign(
         boxes,
         labels,
         counts=counts,
-        feature_sizes=feature_sizes(image_size, config.strides),
+        feature_sizes=feature_sizes(image_size, config.strides, config.backbone),
         strides=level_grids(image_size, config.strides, config.locations),
         size_ranges=config.size_ranges,
         center_sampling_radius=config.center_sampling_radius,

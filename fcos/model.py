@@ -85,13 +85,17 @@ def _check(config: ModelConfig) -> int:
         raise ConfigError(
             f"model.batch_norm_eps must be >= 0 and below 1, got {config.batch_norm_eps}"
         )
-    if config.backbone not in BOTTLENECKS:
-        for name, usual in (("stride_in", "3x3"), ("deformable_stages", ())):
-            if getattr(config, name) != usual:
-                raise ConfigError(
-                    f"model.{name} must be {usual!r} for {config.backbone}, whose blocks are no "
-                    f"bottlenecks, got {getattr(config, name)!r}"
-                )
+    usual: dict[str, object] = {}
+    if config.backbone not in BOTTLENECKS:  # nothing to move or to deform
+        usual |= {"stride_in": "3x3", "deformable_stages": ()}
+    if config.backbone.startswith("hrnet"):  # whose pyramid has neither C5 nor such a grid
+        usual |= {"p6_source": "p5", "locations": "half_stride"}
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"model.{name} must be {value!r} for {config.backbone}, got "
+                f"{getattr(config, name)!r}"
+            )
     if not set(config.deformable_stages) <= {1, 2, 3, 4}:
         raise ConfigError(
             f"model.deformable_stages must lie in 1..4, got {config.deformable_stages}"

@@ -122,8 +122,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "original": dialects.original,
     "original-imprv": dialects.original_imprv,
     "adelaidet": dialects.adelaidet,
+    "adelaidet-iou": dialects.adelaidet_iou,
     "adelaidet-rt": dialects.adelaidet_rt,
     "detectron2": dialects.detectron2,
     "mmdet": dialects.mmdet,
     "mmdet-tricks": dialects.mmdet_tricks,
+    "rosinality": dialects.rosinality,
 }

@@ -1,4 +1,4 @@
-"""aim-uofa/AdelaiDet: its FCOS detectors, real-time ones included as far as the backbone is here.
+"""aim-uofa/AdelaiDet: its FCOS detectors, real-time ones and those with VoVNet included.
 
 A head whose centerness learned the IoU looks, and predicts, like any other.
 """
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fcos import dialects
 from fcos.config import Config
+from fcos.timm_backbones import NETWORKS
 
 from .detectron2 import NAMES as DETECTRON2
-from .detectron2 import check_backbone, pixel_statistics
+from .detectron2 import pixel_statistics
 from .infer import infer
 from .names import TowerNames
+from .timm_names import DLA_UNUSED
 from .translate import to_ours as translate
 
 NAME = "adelaidet"
@@ -44,7 +46,12 @@ NAMES = replace(
     centerness=f"{_HEAD}.ctrness",
     scale=f"{_HEAD}.scales.{{level}}",
 )
-IGNORED = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")
+IGNORED = (
+    "pixel_mean",
+    "pixel_std",
+    "proposal_generator.anchor_generator.",
+    *(f"{NAMES.trunk}.{name}" for name in DLA_UNUSED),
+)
 # Of the ImageNet weights that its X-101-32x8d was trained from; the other backbones have 1.
 _STD_32X8D = (57.375, 57.12, 58.395)
 
@@ -56,10 +63,11 @@ def recognises(keys: Collection[str]) -> bool:
 
 def config(state: Mapping[str, Tensor]) -> Config:
     """The settings that go with the weights: with P3 to P5 alone, those of real-time models."""
-    check_backbone(state)
     real_time = f"{NAMES.extras[0]}.weight" not in state
     preset = dialects.adelaidet_rt() if real_time else dialects.adelaidet()
     model, data = infer(state, NAMES, preset.model), preset.data
+    if model.backbone in NETWORKS:  # which it freezes no stage of
+        model = replace(model, frozen_stages=0)
     if model.backbone == "resnext101_32x8d":
         data = replace(data, std=_STD_32X8D)
     return replace(preset, model=model, data=pixel_statistics(state, data))

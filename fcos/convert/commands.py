@@ -16,15 +16,19 @@ from fcos.config import Config, ConfigError
 class ConvertOptions:
     """Make a checkpoint of this project from one of another code base, or the other way round.
 
-    Knows the FCOS of tianzhi0549/FCOS, AdelaiDet, detectron2, mmdetection and torchvision. Nothing
-    in a file is run.
+    Knows the FCOS of tianzhi0549/FCOS, AdelaiDet, detectron2, mmdetection, torchvision and
+    rosinality. Nothing in a file is run.
     """
 
     weights: Path
     """.pth, .pkl of numpy arrays, or .safetensors; or, with --to, a checkpoint of fcos train."""
     source: str = "auto"
-    """The code base: original, original-imprv, adelaidet, detectron2, mmdet or torchvision. auto:
-    as the names of the weights say."""
+    """The code base: original, original-imprv, adelaidet, detectron2, mmdet, torchvision or
+    rosinality. auto: as the names of the weights say."""
+    style: Literal["auto", "caffe", "pytorch"] = "auto"
+    """Of a ResNet-50 or -101 from AdelaiDet, detectron2 or mmdetection. caffe: strides in the first
+    1x1 convolutions, BGR; pytorch: in the 3x3 ones, RGB. auto: as the configuration in the file or
+    its name says, else caffe."""
     to: Literal["fcos", "detectron2", "torchvision"] = "fcos"
     """What to write."""
     output: Path | None = None
@@ -56,11 +60,13 @@ def _to_ours(options: ConvertOptions, output: Path) -> None:
 
     from .conversion import convert
 
-    found = convert(options.weights, options.source, options.class_names)
+    found = convert(options.weights, options.source, options.class_names, options.style)
     save_checkpoint(output, found.content())
     print(f"{options.weights}: {found.family}, {len(found.state)} tensors mapped")
-    print(f"preset: {found.preset}, with the network of the weights")
+    print(f"preset: {found.preset or 'none'}, with the network of the weights")
     print(f"ignored: {_ignored(found.ignored)}")
+    for line in found.assumed:
+        print(f"assumed: {line}")
     for line in _describe(found.config):
         print(line)
     print(f"classes: {_shorten(found.class_names)}")

@@ -16,6 +16,7 @@ from fcos.presets import PRESETS
 from . import coco, detectron2, torchvision
 from .errors import ConvertError
 from .families import find_family
+from .hints import Hints, Style, with_hints
 from .reading import ForeignFile, parse, read_foreign
 
 #: Code bases that checkpoints are written for.
@@ -34,6 +35,8 @@ class Converted:
     state: dict[str, Tensor]
     ignored: list[str]
     """Keys that were left out on purpose."""
+    assumed: list[str]
+    """Settings that the weights do not tell, and why they are as they are."""
 
     @property
     def preset(self) -> str:
@@ -51,27 +54,37 @@ class Converted:
         }
 
 
-def convert(path: Path, source: str = "auto", class_names: Sequence[str] = ()) -> Converted:
+def convert(
+    path: Path, source: str = "auto", class_names: Sequence[str] = (), style: Style = "auto"
+) -> Converted:
     """Read a checkpoint of another code base.
 
     Args:
         path: ``.pth``, ``.pkl`` of numpy arrays, or ``.safetensors``. Nothing in it is run.
         source: the code base, or "auto".
         class_names: one for each class; (): those in the file, or COCO's where there are 80.
+        style: of a ResNet.
 
     Raises:
         ConvertError: it is missing, damaged, unsafe, not known, or does not fit its own layout.
     """
-    return convert_weights(read_foreign(path), path, source, class_names)
+    return convert_weights(read_foreign(path), path, source, class_names, style)
 
 
 def convert_weights(
-    weights: ForeignFile, path: Path, source: str = "auto", class_names: Sequence[str] = ()
+    weights: ForeignFile,
+    path: Path,
+    source: str = "auto",
+    class_names: Sequence[str] = (),
+    style: Style = "auto",
 ) -> Converted:
     """As :func:`convert`, of a file that was read."""
     try:
-        family = find_family(weights.state.keys(), source, path.name)
-        config = family.config(weights.state)
+        family, reason = find_family(weights.state.keys(), source, path.name)
+        hints = Hints(path.name, weights.notes, style)
+        config, assumed = with_hints(
+            family.NAME, weights.state, family.config(weights.state), hints
+        )
         state, ignored = family.to_ours(weights.state)
         if family.NAME == torchvision.NAME and not class_names:
             before = config
@@ -81,7 +94,11 @@ def convert_weights(
         names, ids = _classes(config, weights.class_names, class_names)
     except ConvertError as error:
         raise ConvertError(f"{path}: {error}") from error
-    return Converted(family.NAME, config, names, ids, state, ignored)
+    if reason:
+        assumed.insert(0, reason)
+    if names == coco.CLASS_NAMES and not (class_names or weights.class_names):
+        assumed.append("COCO's classes, as there are 80")
+    return Converted(family.NAME, config, names, ids, state, ignored, assumed)
 
 
 def load_any(path: Path, source: str = "auto") -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fcos import dialects
@@ -35,13 +37,14 @@ NAMES = Names(
     ltrb="head.bbox_pred",
     centerness="head.ctrness",
     first_stage=2,
+    trunk="backbone.bottom_up",
 )
 IGNORED = ("pixel_mean", "pixel_std", "anchor_generator.")
-# By a key that no other backbone has.
-_OTHER_BACKBONES = {
-    "backbone.bottom_up.base_layer.0.weight": "DLA",
-    "backbone.bottom_up.stem.stem_1/conv.weight": "VoVNet",
-}
+
+
+# A norm of a tower, of which each level has its statistics, but all have one weight and bias.
+_LEVEL_NORM = re.compile(r"(head\.(?:cls|bbox)_subnet\.\d+)\.(\d+)\.running_mean")
+_SHARED = ("weight", "bias")
 
 
 def recognises(keys: Collection[str]) -> bool:
@@ -53,15 +56,14 @@ def recognises(keys: Collection[str]) -> bool:
 
 def config(state: Mapping[str, Tensor]) -> Config:
     """The settings that go with the weights."""
-    check_backbone(state)
     preset = dialects.detectron2()
-    model = infer(state, NAMES, preset.model)
+    model = infer(_with_level_norms(state), NAMES, preset.model)
     return replace(preset, model=model, data=pixel_statistics(state, preset.data))
 
 
 def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Our state dict, and the keys left out. Raises ConvertError if one does not fit."""
-    return translate(state, NAMES, config(state).model, IGNORED)
+    return translate(_with_level_norms(state), NAMES, config(state).model, IGNORED)
 
 
 def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -78,7 +80,6 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ("centerness_branch", "box"),
         ("locations", "half_stride"),
         ("trainable_scales", False),
-        ("tower_norm", "group"),
         ("tower_bias", True),
         ("tower_deformable", False),
         ("shared_tower_convs", 0),
@@ -92,14 +93,37 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         raise ConvertError(f"detectron2 has no {model.backbone}")
     if len(model.strides) > 5:
         raise ConvertError(f"detectron2's pyramid has no strides beyond 128, got {model.strides}")
-    return translate_back(state, NAMES, model)
+    return _without_level_norms(translate_back(state, NAMES, model))
 
 
-def check_backbone(state: Collection[str]) -> None:
-    """Raises ConvertError for backbones that this project does not have."""
-    for key, name in _OTHER_BACKBONES.items():
-        if key in state:
-            raise ConvertError(f"has a {name} backbone, which this project does not have")
+def _with_level_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With a weight and a bias for each level, all the same."""
+    result = dict(state)
+    for norm, level in _level_norms(state):
+        for part in _SHARED:
+            shared = f"{norm}.{part}"
+            if shared in state:
+                result[f"{norm}.{level}.{part}"] = state[shared]
+                result.pop(shared, None)  # the first level's turn
+    return result
+
+
+def _without_level_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With one for all. Raises ConvertError where levels differ in them."""
+    for norm, level in _level_norms(state):
+        for part in _SHARED:
+            own = state.pop(f"{norm}.{level}.{part}")
+            if not torch.equal(state.setdefault(f"{norm}.{part}", own), own):
+                raise ConvertError(
+                    f"detectron2's FCOS has one {part} for all levels in {norm}, got several"
+                )
+    return state
+
+
+def _level_norms(keys: Collection[str]) -> list[tuple[str, str]]:
+    """Their names, and each level."""
+    found = [match for key in keys if (match := _LEVEL_NORM.fullmatch(key))]
+    return [(match[1], match[2]) for match in found]
 
 
 def pixel_statistics(state: Mapping[str, Tensor], data: DataConfig) -> DataConfig:

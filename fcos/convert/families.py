@@ -41,8 +41,8 @@ FAMILIES: tuple[Family, ...] = (
 NAMES = tuple(family.NAME for family in FAMILIES)
 
 
-def find_family(keys: Collection[str], source: str, file_name: str) -> Family:
-    """The code base that a checkpoint is from.
+def find_family(keys: Collection[str], source: str, file_name: str) -> tuple[Family, str]:
+    """The code base that a checkpoint is from, and what was assumed to say so, if anything.
 
     Args:
         keys: of its weights.
@@ -55,7 +55,7 @@ def find_family(keys: Collection[str], source: str, file_name: str) -> Family:
     if source != "auto":
         for family in FAMILIES:
             if family.NAME == source:
-                return family
+                return family, ""
         near = difflib.get_close_matches(source, NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConvertError(f"source must be auto or one of {', '.join(NAMES)}, got {source}{hint}")
@@ -65,14 +65,15 @@ def find_family(keys: Collection[str], source: str, file_name: str) -> Family:
             f"not from a known FCOS ({', '.join(NAMES)}); its {len(keys)} weights are named "
             f"{', '.join(sorted(keys)[:4])} ..."
         )
-    if len(found) > 1:  # plain or improved: published files say
-        name = file_name.lower()
-        if "imprv" in name:
-            return original_imprv
-        if not name.startswith("fcos_"):
-            raise ConvertError(
-                "the weights do not tell whether this is the plain detector (distances are exp of "
-                "pixels) or the improved one (relu of strides): give --source original or "
-                "--source original-imprv"
-            )
-    return found[0]
+    if len(found) == 1:
+        return found[0], ""
+    # plain or improved: published files say
+    name = file_name.lower()
+    if "imprv" in name:
+        return original_imprv, "the improved detector (relu of strides), as the file's name says"
+    if name.startswith("fcos_"):
+        return original, "the plain detector (exp of pixels), as the file's name says"
+    raise ConvertError(
+        "the weights do not tell whether this is the plain detector (distances are exp of pixels) "
+        "or the improved one (relu of strides): give --source original or --source original-imprv"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from fcos.config import Backbone, ModelConfig, TowerNorm
 
 from .errors import ConvertError
 from .names import BLOCKS, Names, TowerNames, place
+from .timm_names import HRFPN_LEVEL, HRFPN_REDUCTION, HRNETS, VOVNETS
 
 State = Mapping[str, Tensor]
 
@@ -35,11 +37,8 @@ def infer(state: State, names: Names, base: ModelConfig) -> ModelConfig:
     Raises:
         ConvertError: it has another network than those of this project.
     """
-    lateral = _shape(state, f"{names.laterals[2]}.weight")
     backbone = _backbone(state, names)
-    extras = [name for name in names.extras if f"{name}.weight" in state]
-    c5 = bool(extras) and _shape(state, f"{extras[0]}.weight")[1] == lateral[1] != lateral[0]
-    levels = 3 + len(extras)
+    channels, levels, c5 = _pyramid(state, names, backbone)
     shared = names.shared_tower
     # with all of its convolutions shared, a head has no other towers to look at
     has_cls_tower = _has_conv(state, names.cls_tower, 0)
@@ -58,7 +57,7 @@ def infer(state: State, names: Names, base: ModelConfig) -> ModelConfig:
         stride_in=base.stride_in if backbone in ("resnet50", "resnet101") else "3x3",
         strides=tuple(8 * 2**level for level in range(levels)),
         size_ranges=_size_ranges(base, levels),
-        fpn_channels=lateral[0],
+        fpn_channels=channels,
         p6_source="c5" if c5 else "p5",
         shared_tower_convs=0 if shared is None else _count_convs(state, shared, norm),
         tower_convs=convs,
@@ -86,9 +85,25 @@ def _size_ranges(base: ModelConfig, levels: int) -> tuple[tuple[float, float], .
     return (*base.size_ranges[: levels - 1], (base.size_ranges[levels - 1][0], math.inf))
 
 
+def _pyramid(state: State, names: Names, backbone: Backbone) -> tuple[int, int, bool]:
+    """Its channels, how many levels it has, and whether P6 comes from C5."""
+    if backbone in HRNETS:
+        levels = 0
+        while f"{HRFPN_LEVEL.format(level=levels)}.weight" in state:
+            levels += 1
+        return _shape(state, f"{HRFPN_REDUCTION}.weight")[0], levels, False
+    outputs, inputs = _shape(state, f"{names.laterals[2]}.weight")[:2]
+    extras = [name for name in names.extras if f"{name}.weight" in state]
+    # where C5 has as many channels as P5, nothing tells
+    c5 = bool(extras) and _shape(state, f"{extras[0]}.weight")[1] == inputs != outputs
+    return outputs, 3 + len(extras), c5
+
+
 def _backbone(state: State, names: Names) -> Backbone:
     if names.features and f"{names.features}.0.0.weight" in state:
         return "mobilenet_v2"
+    if names.trunk and (found := _timm_backbone(state, names.trunk)):
+        return found
 
     def conv(stage: int, block: int, i: int) -> str:
         return names.conv.format(stage=names.stage(stage), block=block, i=i) + ".weight"
@@ -102,10 +117,15 @@ def _backbone(state: State, names: Names) -> Backbone:
     if conv(1, 0, 3) not in state:
         if tuple(blocks) in _BASIC:
             return _BASIC[tuple(blocks)]
+        first = names.conv.format(stage=names.stage(1), block=0, i=1)
         raise ConvertError(
-            f"has a backbone that is not here: no ResNet, ResNeXt or MobileNetV2 known by "
-            f"{names.conv.format(stage=names.stage(1), block=0, i=1)} with stages of "
-            f"{tuple(blocks)} blocks"
+            "has a backbone that is not here: "
+            + (
+                f"no ResNet, ResNeXt or MobileNetV2 known by {first} with stages of "
+                f"{tuple(blocks)} blocks"
+                if first
+                else f"no VoVNet known by {names.trunk}.stem.stem_1/conv"
+            )
         )
     second = conv(1, 0, 2)
     if second not in state:
@@ -119,6 +139,43 @@ def _backbone(state: State, names: Names) -> Backbone:
             f"{width} channels in groups of {per_group}"
         )
     return kind
+
+
+def _timm_backbone(state: State, trunk: str) -> Backbone | None:
+    """DLA, VoVNet or HRNet; None: it is another network."""
+    if f"{trunk}.base_layer.0.weight" in state:
+        if f"{trunk}.level3.tree1.tree1.conv3.weight" in state:
+            raise ConvertError("has a DLA of bottlenecks, which is not here: only DLA-34 is")
+        return "dla34"
+    if f"{trunk}.stem.stem_1/conv.weight" in state:
+        return _vovnet(state, trunk)
+    branch = f"{trunk}.stage4.0.branches.0.0.conv1.weight"
+    if branch not in state:
+        return None
+    width = _shape(state, branch)[0]
+    for hrnet, channels in HRNETS.items():
+        if channels == width:
+            return cast(Backbone, hrnet)
+    raise ConvertError(f"has an HRNet of width {width}, only {tuple(HRNETS.values())} are here")
+
+
+def _vovnet(state: State, trunk: str) -> Backbone:
+    blocks = []
+    for stage in range(2, 6):
+        count = 0
+        name = f"OSA{stage}_1"
+        while f"{trunk}.stage{stage}.{name}.concat.{name}_concat/conv.weight" in state:
+            count += 1
+            name = f"OSA{stage}_{count + 1}"
+        blocks.append(count)
+    ese = f"{trunk}.stage2.OSA2_1.ese.fc.weight" in state
+    for vovnet, plan in VOVNETS.items():
+        if plan == (tuple(blocks), ese):
+            return cast(Backbone, vovnet)
+    raise ConvertError(
+        f"has a VoVNet that is not here: stages of {tuple(blocks)} blocks, "
+        f"with{'' if ese else 'out'} eSE"
+    )
 
 
 def _with_deformable_blocks(state: State, names: Names, config: ModelConfig) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""open-mmlab/mmdetection, versions 1 to 3: ResNets in both styles, deformable convolutions.
+"""open-mmlab/mmdetection, versions 1 to 3: ResNets in both styles, deformable convolutions, HRNets.
 
 Towers without a bias are those of the plain detector, with a bias of the one with "tricks".
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 from fcos import dialects
 from fcos.config import Config
 
-from .errors import ConvertError
+from .hints import pytorch_colors
 from .infer import infer
 from .names import Names, TowerNames
+from .timm_names import HRNETS
 from .translate import to_ours as translate
 
 NAME = "mmdet"
@@ -51,6 +52,7 @@ NAMES = Names(
     ltrb="bbox_head.conv_reg",
     centerness="bbox_head.conv_centerness",
     scale="bbox_head.scales.{level}",
+    trunk="backbone",
 )
 # Names of older versions, beside those above that they replace.
 _OLD_HEAD = {
@@ -69,17 +71,15 @@ def recognises(keys: Collection[str]) -> bool:
 
 def config(state: Mapping[str, Tensor]) -> Config:
     """The settings that go with the weights."""
-    if any(key.startswith("backbone.stage2.") for key in state):
-        raise ConvertError("has an HRNet backbone, which this project does not have")
     names = _names(state)
     biased = infer(state, names, dialects.mmdet().model).tower_bias
     preset = dialects.mmdet_tricks() if biased else dialects.mmdet()
     model, data = infer(state, names, preset.model), preset.data
-    if model.backbone not in ("resnet50", "resnet101"):
-        # those it has from PyTorch, not from Caffe
-        data = replace(
-            data, color_order="rgb", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
-        )
+    if model.backbone in HRNETS:
+        model = replace(model, frozen_stages=0)
+        data = replace(data, mean=(103.53, 116.28, 123.675), std=(57.375, 57.12, 58.395))
+    elif model.backbone not in ("resnet50", "resnet101"):
+        data = pytorch_colors(data)  # those it has from PyTorch, not from Caffe
     return replace(preset, model=model, data=data)
 
 

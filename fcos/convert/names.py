@@ -6,14 +6,12 @@ there are, and how many of each, is in our :class:`fcos.config.ModelConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fcos.config import ModelConfig
 
-CONV = ("weight",)
-CONV_BIAS = ("weight", "bias")
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+from .parts import BATCH_NORM, CONV, CONV_BIAS, Rows, keys
+from .timm_names import HRNETS, hrfpn, timm_trunk
 
 #: Blocks of each stage, by backbone.
 BLOCKS = {
@@ -66,6 +64,8 @@ class Names:
     first_stage: int = 1
     features: str = ""
     """Of MobileNetV2."""
+    trunk: str = ""
+    """Before the names of the networks that we have from timm."""
 
     def stage(self, stage: int) -> int:
         """Their number of our stage 1 to 4."""
@@ -115,11 +115,7 @@ OURS = Names(
 def table(names: Names, config: ModelConfig) -> list[tuple[str, str]]:
     """Our key and theirs of every tensor but the scales and the counters of batch norms."""
     rows = list(_trunk(names, config))
-    for level in range(3):
-        rows += _keys(OURS.laterals[level], names.laterals[level], CONV_BIAS)
-        rows += _keys(OURS.outputs[level], names.outputs[level], CONV_BIAS)
-    for ours, theirs in zip(OURS.extras[: len(config.strides) - 3], names.extras, strict=False):
-        rows += _keys(ours, theirs, CONV_BIAS)
+    rows += _pyramid(names, config)
     if OURS.shared_tower is not None and names.shared_tower is not None:
         rows += _tower(
             OURS.shared_tower, names.shared_tower, config, config.shared_tower_convs, False
@@ -130,7 +126,7 @@ def table(names: Names, config: ModelConfig) -> list[tuple[str, str]]:
     ):
         rows += _tower(ours_tower, their_tower, config, config.tower_convs, config.tower_deformable)
     for part in ("cls_logits", "ltrb", "centerness"):
-        rows += _keys(getattr(OURS, part), getattr(names, part), CONV_BIAS)
+        rows += keys(getattr(OURS, part), getattr(names, part), CONV_BIAS)
     return rows
 
 
@@ -141,17 +137,27 @@ def place(template: str, i: int, norm: str) -> str:
     return template.format(i=i, conv=step * i, norm=step * i + 1, kind=short)
 
 
-def _keys(ours: str, theirs: str, parts: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for part in parts:
-        yield f"{ours}.{part}", f"{theirs}.{part}"
+def _pyramid(names: Names, config: ModelConfig) -> Rows:
+    levels = len(config.strides)
+    if config.backbone in HRNETS:
+        yield from hrfpn(levels)
+        return
+    for level in range(3):
+        yield from keys(OURS.laterals[level], names.laterals[level], CONV_BIAS)
+        yield from keys(OURS.outputs[level], names.outputs[level], CONV_BIAS)
+    for ours, theirs in zip(OURS.extras[: levels - 3], names.extras, strict=False):
+        yield from keys(ours, theirs, CONV_BIAS)
 
 
-def _trunk(names: Names, config: ModelConfig) -> Iterator[tuple[str, str]]:
+def _trunk(names: Names, config: ModelConfig) -> Rows:
     if config.backbone == "mobilenet_v2":
         yield from _mobilenet(names)
         return
-    yield from _keys(OURS.stem_conv, names.stem_conv, CONV)
-    yield from _keys(OURS.stem_norm, names.stem_norm, BATCH_NORM)
+    if config.backbone not in BLOCKS:
+        yield from timm_trunk(config.backbone, f"{names.trunk}.")
+        return
+    yield from keys(OURS.stem_conv, names.stem_conv, CONV)
+    yield from keys(OURS.stem_norm, names.stem_norm, BATCH_NORM)
     bottleneck = config.backbone not in ("resnet18", "resnet34")
     for stage, blocks in enumerate(BLOCKS[config.backbone], start=1):
         for block in range(blocks):
@@ -167,22 +173,22 @@ def _trunk(names: Names, config: ModelConfig) -> Iterator[tuple[str, str]]:
             )
             for i in (1, 2, 3) if bottleneck else (1, 2):
                 if deformable and i == 2:
-                    yield from _keys(*both("deformable_conv"), CONV)
-                    yield from _keys(*both("deformable_offset"), CONV_BIAS)
+                    yield from keys(*both("deformable_conv"), CONV)
+                    yield from keys(*both("deformable_offset"), CONV_BIAS)
                 else:
-                    yield from _keys(*both("conv", i), CONV)
-                yield from _keys(*both("norm", i), BATCH_NORM)
+                    yield from keys(*both("conv", i), CONV)
+                yield from keys(*both("norm", i), BATCH_NORM)
             if block == 0 and (bottleneck or stage > 1):
-                yield from _keys(*both("shortcut_conv"), CONV)
-                yield from _keys(*both("shortcut_norm"), BATCH_NORM)
+                yield from keys(*both("shortcut_conv"), CONV)
+                yield from keys(*both("shortcut_norm"), BATCH_NORM)
 
 
-def _mobilenet(names: Names) -> Iterator[tuple[str, str]]:
+def _mobilenet(names: Names) -> Rows:
     """Torchvision has convolution, norm and ReLU6 in a sequence of their own; the older layout has
     all of a block's layers in one."""
     ours, theirs = OURS.features, names.features
-    yield from _keys(f"{ours}.0.0", f"{theirs}.0.0", CONV)
-    yield from _keys(f"{ours}.0.1", f"{theirs}.0.1", BATCH_NORM)
+    yield from keys(f"{ours}.0.0", f"{theirs}.0.0", CONV)
+    yield from keys(f"{ours}.0.1", f"{theirs}.0.1", BATCH_NORM)
     for block in MOBILENET_BLOCKS:
         layers: tuple[tuple[str, str, int], ...]
         if block == 1:
@@ -190,15 +196,15 @@ def _mobilenet(names: Names) -> Iterator[tuple[str, str]]:
         else:
             layers = (("0.0", "0.1", 0), ("1.0", "1.1", 3), ("2", "3", 6))
         for conv, norm, at in layers:
-            yield from _keys(f"{ours}.{block}.conv.{conv}", f"{theirs}.{block}.conv.{at}", CONV)
-            yield from _keys(
+            yield from keys(f"{ours}.{block}.conv.{conv}", f"{theirs}.{block}.conv.{at}", CONV)
+            yield from keys(
                 f"{ours}.{block}.conv.{norm}", f"{theirs}.{block}.conv.{at + 1}", BATCH_NORM
             )
 
 
 def _tower(
     ours: TowerNames, theirs: TowerNames, config: ModelConfig, convs: int, deformable: bool
-) -> Iterator[tuple[str, str]]:
+) -> Rows:
     norm = config.tower_norm
     for i in range(convs):
 
@@ -207,15 +213,15 @@ def _tower(
 
         conv = CONV_BIAS if config.tower_bias else CONV
         if deformable and i == convs - 1:
-            yield from _keys(*both("deformable_conv"), conv)
-            yield from _keys(*both("deformable_offset"), CONV_BIAS)
+            yield from keys(*both("deformable_conv"), conv)
+            yield from keys(*both("deformable_offset"), CONV_BIAS)
         else:
-            yield from _keys(*both("conv"), conv)
+            yield from keys(*both("conv"), conv)
         if norm == "group":
-            yield from _keys(*both("norm"), CONV_BIAS)
+            yield from keys(*both("norm"), CONV_BIAS)
         elif norm == "batch":
-            yield from _keys(*both("norm"), BATCH_NORM)
+            yield from keys(*both("norm"), BATCH_NORM)
         elif norm == "level_batch":
             for level in range(len(config.strides)):
                 our_norm, their_norm = both("norm")
-                yield from _keys(f"{our_norm}.{level}", f"{their_norm}.{level}", BATCH_NORM)
+                yield from keys(f"{our_norm}.{level}", f"{their_norm}.{level}", BATCH_NORM)

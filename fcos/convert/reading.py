@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcos.checkpoint import CheckpointError, is_ours, read_plain
+from fcos.checkpoint import CheckpointError, is_ours, read_plain, read_safetensors
 
 from .errors import ConvertError
 from .pickled_arrays import read_pickle
@@ -27,6 +27,8 @@ class ForeignFile(NamedTuple):
     on several GPUs."""
     class_names: tuple[str, ...]
     """If the file says."""
+    notes: str = ""
+    """mmdetection's configuration, a text in a language of its own; "" elsewhere."""
 
 
 def read_foreign(path: Path) -> ForeignFile:
@@ -37,12 +39,10 @@ def read_foreign(path: Path) -> ForeignFile:
     """
     if not path.is_file():
         raise ConvertError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return parse(_read_safetensors(path), path)
     if path.suffix == ".pkl":
         return parse(read_pickle(path), path)
     try:
-        content = read_plain(path)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_plain(path)
     except CheckpointError as error:
         raise ConvertError(_explain(error)) from error
     return parse(content, path)
@@ -76,7 +76,7 @@ def parse(content: Any, path: Path) -> ForeignFile:
         tensors[key] = value
     if all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return ForeignFile(tensors, _class_names(content))
+    return ForeignFile(tensors, _class_names(content), _notes(content))
 
 
 def _class_names(content: Any) -> tuple[str, ...]:
@@ -93,19 +93,12 @@ def _class_names(content: Any) -> tuple[str, ...]:
     return ()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ConvertError(
-            f"{path}: needs the package safetensors (pip install safetensors)"
-        ) from error
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # its own error is no ValueError or OSError
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConvertError(f"{path}: not a safetensors file, or damaged ({first_line})") from error
-    return tensors
+def _notes(content: Any) -> str:
+    """mmdetection's: meta.config, or meta.cfg from version 3 on."""
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        return ""
+    return next((meta[name] for name in ("config", "cfg") if isinstance(meta.get(name), str)), "")
 
 
 def _explain(error: CheckpointError) -> str:

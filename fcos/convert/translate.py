@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcos.config import ConfigError, ModelConfig
 from fcos.model import FCOS
+from fcos.trunk import MissingPackageError
 
 from .errors import ConvertError
 from .names import Names, table
@@ -79,6 +80,8 @@ def network_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of the network. Raises ConvertError if there can be none."""
     try:
         return dict(_shapes(config))
+    except MissingPackageError as error:
+        raise ConvertError(str(error)) from error
     except ConfigError as error:
         raise ConvertError(f"describes an impossible network: {error}") from error
 

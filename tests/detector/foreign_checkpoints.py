@@ -10,11 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from foreign_trunks import dla34, hrfpn, hrnet, mobilenet, vovnet
 from torch import Tensor
 
 PLANS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 18: (2, 2, 2, 2)}
-# expansion, output channels, blocks of MobileNetV2's seven groups
-MOBILENET = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+
+#: What stands before the names of the backbone.
+ROOTS = {
+    "original": "backbone.body.",
+    "adelaidet": "backbone.bottom_up.",
+    "detectron2": "backbone.bottom_up.",
+    "mmdet": "backbone.",
+    "rosinality": "backbone.",
+}
 
 
 @dataclass
@@ -41,6 +49,16 @@ class Checkpoint:
     def norm(self, theirs: str, role: str, channels: int, *, batch: bool = True) -> None:
         for part in ("weight", "bias", *(("running_mean", "running_var") if batch else ())):
             self.add(f"{theirs}.{part}", f"{role}.{part}", channels)
+
+    def cycle(self, theirs: str, role: str, channels: int, levels: int) -> None:
+        """Their one weight and bias have the role of each level's."""
+        for part in ("weight", "bias"):
+            self.state[f"{theirs}.{part}"] = self.make((channels,))
+            for level in range(levels):
+                self.roles[f"{role}.{level}.{part}"] = f"{theirs}.{part}"
+        for level in range(levels):
+            for part in ("running_mean", "running_var"):
+                self.add(f"{theirs}.{level}.{part}", f"{role}.{level}.{part}", channels)
 
 
 class Unique:
@@ -77,6 +95,8 @@ class Layout:
     groups: int = 1
     group_width: int = 64
     mobilenet: bool = False
+    other: str = ""
+    """DLA-34, a VoVNet (of foreign_trunks.VOVNETS), or HRNet and its width as in W18."""
     dcn_stages: tuple[int, ...] = ()
     dcn_interval: int = 1
     dcn_tower: bool = False
@@ -86,7 +106,8 @@ class Layout:
     tower: int = 4
     shared: int = 0
     norm: str = "gn"
-    """gn, bn (mmdetection: one for all levels; AdelaiDet: one for each), none"""
+    """gn, bn (AdelaiDet: one for each level; others: one for all), none; cycle: detectron2's
+    statistics of each level, with one weight and bias for all"""
     bias: bool = True
     scales: bool = True
     c5: bool = False
@@ -97,8 +118,18 @@ class Layout:
 def build(layout: Layout, make: Callable[[tuple[int, ...]], Tensor] | None = None) -> Checkpoint:
     """The checkpoint of a layout."""
     checkpoint = Checkpoint(make or Unique())
+    root = ROOTS[layout.family]
+    if layout.other.startswith("W"):
+        branches = hrnet(checkpoint, root, int(layout.other[1:]))
+        hrfpn(checkpoint, branches, layout.channels, layout.levels)
+        _head(checkpoint, layout)
+        return checkpoint
     if layout.mobilenet:
-        stage_channels = _mobilenet(checkpoint)
+        stage_channels = mobilenet(checkpoint)
+    elif layout.other == "DLA-34":
+        stage_channels = dla34(checkpoint, root)
+    elif layout.other:
+        stage_channels = vovnet(checkpoint, root, layout.other)
     else:
         stage_channels = _resnet(checkpoint, layout)
     _pyramid(checkpoint, layout, stage_channels)
@@ -108,12 +139,7 @@ def build(layout: Layout, make: Callable[[tuple[int, ...]], Tensor] | None = Non
 
 def _resnet(c: Checkpoint, layout: Layout) -> list[int]:
     family = layout.family
-    root = {
-        "original": "backbone.body.",
-        "adelaidet": "backbone.bottom_up.",
-        "detectron2": "backbone.bottom_up.",
-        "mmdet": "backbone.",
-    }[family]
+    root = ROOTS[family]
     d2 = family in ("adelaidet", "detectron2")
     stem = root + ("stem." if family != "mmdet" else "")
     c.conv(f"{stem}conv1", "backbone.body.conv1", 64, 3, 7)
@@ -159,38 +185,13 @@ def _resnet(c: Checkpoint, layout: Layout) -> list[int]:
     return channels[1:]
 
 
-def _mobilenet(c: Checkpoint) -> list[int]:
-    theirs, role = "backbone.body.features.", "backbone.body."
-    c.conv(f"{theirs}0.0", f"{role}0.0", 32, 3, 3)
-    c.norm(f"{theirs}0.1", f"{role}0.1", 32)
-    inputs, at = 32, 0
-    for expansion, outputs, blocks in MOBILENET:
-        for _ in range(blocks):
-            at += 1
-            hidden = inputs * expansion
-            block = f"{theirs}{at}.conv."
-            ours = f"{role}{at}.conv."
-            n = 0  # place in their one sequence of convolution, norm and ReLU6
-            unit = 0  # ours has those three in a unit of their own, but not the last two
-            if expansion > 1:
-                c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, inputs, 1)
-                c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
-                n, unit = n + 3, unit + 1
-            c.conv(f"{block}{n}", f"{ours}{unit}.0", hidden, 1, 3)
-            c.norm(f"{block}{n + 1}", f"{ours}{unit}.1", hidden)
-            n, unit = n + 3, unit + 1
-            c.conv(f"{block}{n}", f"{ours}{unit}", outputs, hidden, 1)
-            c.norm(f"{block}{n + 1}", f"{ours}{unit + 1}", outputs)
-            inputs = outputs
-    return [32, 96, 320]
-
-
 def _pyramid(c: Checkpoint, layout: Layout, stage_channels: list[int]) -> None:
     family, out = layout.family, layout.channels
     for i, channels in enumerate(stage_channels):
         lateral, output = {
             "original": (f"backbone.fpn.fpn_inner{i + 2}", f"backbone.fpn.fpn_layer{i + 2}"),
             "mmdet": (f"neck.lateral_convs.{i}.conv", f"neck.fpn_convs.{i}.conv"),
+            "rosinality": (f"fpn.inner_convs.{i + 2}", f"fpn.out_convs.{i + 2}"),
         }.get(family, (f"backbone.fpn_lateral{i + 3}", f"backbone.fpn_output{i + 3}"))
         c.conv(lateral, f"backbone.fpn.inner_blocks.{i}.0", out, channels, 1, bias=True)
         c.conv(output, f"backbone.fpn.layer_blocks.{i}.0", out, out, 3, bias=True)
@@ -198,6 +199,7 @@ def _pyramid(c: Checkpoint, layout: Layout, stage_channels: list[int]) -> None:
         theirs = {
             "original": f"backbone.fpn.top_blocks.p{6 + i}",
             "mmdet": f"neck.fpn_convs.{3 + i}.conv",
+            "rosinality": f"fpn.top_blocks.p{6 + i}",
         }.get(family, f"backbone.top_block.p{6 + i}")
         below = stage_channels[-1] if layout.c5 and i == 0 else out
         c.conv(theirs, f"backbone.fpn.extra_blocks.p{6 + i}", out, below, 3, bias=True)
@@ -229,6 +231,14 @@ def _head(c: Checkpoint, layout: Layout) -> None:
             "cls_score",
             "bbox_pred",
             "ctrness",
+        ),
+        "rosinality": (
+            "head.",
+            "cls_tower",
+            "bbox_tower",
+            "cls_pred",
+            "bbox_pred",
+            "center_pred",
         ),
         "mmdet": (
             "bbox_head.",
@@ -263,6 +273,8 @@ def _head(c: Checkpoint, layout: Layout) -> None:
             after = f"{role}.{step * k + 1}"
             if layout.norm == "gn":
                 c.norm(norm, after, channels, batch=False)
+            elif layout.norm == "cycle":
+                c.cycle(norm, after, channels, layout.levels)
             elif layout.norm == "bn" and family == "adelaidet":
                 for level in range(layout.levels):
                     c.norm(f"{norm}.{level}", f"{after}.{level}", channels)

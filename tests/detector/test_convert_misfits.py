@@ -53,9 +53,36 @@ def test_everything_that_does_not_fit_is_listed() -> None:
         (replace(MMDET, classes=91), {}, "has 91 outputs, and not COCO's 80 classes"),
         (MMDET, {"bbox_head.conv_cls.weight": (80,)}, "must be the weight of a convolution"),
         (MMDET, {"backbone.layer3.5.conv1.weight": None}, r"stages of \(3, 4, 5, 3\) blocks"),
-        (MMDET, {"backbone.stage2.0.weight": (1,)}, "has an HRNet backbone"),
-        (ADELAIDET, {"backbone.bottom_up.base_layer.0.weight": (1,)}, "has a DLA backbone"),
-        (ADELAIDET, {"backbone.bottom_up.stem.stem_1/conv.weight": (1,)}, "has a VoVNet backbone"),
+        (
+            replace(MMDET, other="W18"),
+            {"backbone.stage4.0.branches.0.0.conv1.weight": (48, 48, 3, 3)},
+            r"has an HRNet of width 48, only \(18, 32, 40\) are here",
+        ),
+        (
+            replace(MMDET, other="W18"),
+            {"neck.fpn_convs.4.conv.weight": None, "neck.fpn_convs.4.conv.bias": None},
+            r"missing bbox_head.scales.4|unknown bbox_head.scales.4",
+        ),
+        (
+            replace(ADELAIDET, other="DLA-34"),
+            {"backbone.bottom_up.level3.tree1.tree1.conv3.weight": (64, 64, 1, 1)},
+            "has a DLA of bottlenecks",
+        ),
+        (
+            replace(ADELAIDET, other="V-39-eSE"),
+            {"backbone.bottom_up.stage4.OSA4_2.concat.OSA4_2_concat/conv.weight": None},
+            r"has a VoVNet that is not here: stages of \(1, 1, 1, 2\) blocks, with eSE",
+        ),
+        (
+            replace(ADELAIDET, other="V-39-eSE"),
+            {"backbone.bottom_up.stage4.OSA4_1.ese.fc.weight": None},
+            "missing backbone.bottom_up.stage4.OSA4_1.ese.fc.weight",
+        ),
+        (
+            Layout("rosinality", other="V-57", bias=False),
+            {"backbone.stem.stem_1/conv.weight": None},
+            "no VoVNet known by backbone.stem.stem_1/conv",
+        ),
         (MMDET, {"neck.lateral_convs.2.conv.weight": (48, 2048, 1, 1)}, "impossible network"),
         (DETECTRON2, {"pixel_mean": (4,)}, "pixel_mean must be three numbers, got 4"),
         (
@@ -82,17 +109,22 @@ def test_other_networks() -> None:
         del retinanet.state[f"head.ctrness.{part}"]
     with pytest.raises(ConvertError, match="not from a known FCOS .*named backbone"):
         converted(retinanet)
-    keys = ("head.center_pred.weight", "head.cls_pred.weight")
-    rosinality = Checkpoint(torch.zeros, state={key: torch.zeros(1) for key in keys})
-    with pytest.raises(ConvertError, match="has a VoVNet backbone"):
-        converted(rosinality)
     with pytest.raises(ConvertError, match=r"got original-improv; did you mean original-imprv\?"):
         converted(retinanet, source="original-improv")
-    with pytest.raises(ConvertError, match="lacks neck.lateral_convs.2.conv.weight"):
+    with pytest.raises(ConvertError, match="no ResNet, ResNeXt or MobileNetV2 known by backbone.l"):
         converted(retinanet, source="mmdet")
 
 
-@pytest.mark.parametrize("network", [{}, {"depth": 101, "groups": 64, "group_width": 4}])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"depth": 101, "groups": 64, "group_width": 4},
+        {"norm": "cycle"},
+        {"norm": "bn"},
+        {"norm": "none"},
+    ],
+)
 def test_detectron2_and_back(network: dict[str, Any]) -> None:
     checkpoint = build(replace(DETECTRON2, **network))
     result = converted(checkpoint)
@@ -107,7 +139,10 @@ def test_detectron2_and_back(network: dict[str, Any]) -> None:
     [
         (MMDET, "needs model.activation 'relu', got 'exp'"),
         (ADELAIDET, "needs model.trainable_scales False, got True"),
-        (replace(ADELAIDET, scales=False, norm="bn"), "needs model.tower_norm 'group'"),
+        (
+            replace(ADELAIDET, scales=False, norm="bn"),
+            "has one weight for all levels in head.cls_subnet.1, got several",
+        ),
         (replace(DETECTRON2, bias=False), "needs model.tower_bias True"),
     ],
 )

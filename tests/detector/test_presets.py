@@ -68,7 +68,7 @@ def test_tiny_needs_no_download() -> None:
 
 
 def test_dialects_read_pictures_as_caffe_did() -> None:
-    for name in list(PRESETS)[4:]:
+    for name in set(list(PRESETS)[4:]) - {"rosinality"}:
         data = PRESETS[name]().data
         assert (data.color_order, data.pixel_range, data.std) == ("bgr", 255, (1, 1, 1)), name
         assert PRESETS[name]().model.stride_in == "1x1", name
