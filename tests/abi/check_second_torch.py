@@ -71,6 +71,7 @@ def check_assign_targets() -> None:
         {"boundary": "half_open"},
         {"normalize": True},
         {"ties": "torchvision"},
+        {"corners": "pixels"},
     ]
     grid = fcos_ext.Grid(step=(9.0, 10.5), first=(3.0, 5.5), unit=8.0, reach=14.5)
     for change in ({"step": (8.0, 10.5)}, {"first": (3.0, 9.0)}, {"unit": 5.0}, {"reach": 9.0}):
@@ -139,6 +140,7 @@ def check_postprocess() -> None:
         {"score_threshold": 0.3},
         {"threshold_on": "final"},
         {"topk_candidates": 20},
+        {"topk_candidates": 20, "topk_by": "class"},
         {"iou_threshold": 0.1},
         {"max_detections": 9},
         {"class_agnostic": True},
@@ -146,6 +148,8 @@ def check_postprocess() -> None:
         {"locations": "torchvision"},
         {"keep_empty": True},
         {"overlaps": "torchvision"},
+        {"corners": "pixels"},
+        {"corners": "pixels", "overlaps": "edges"},
         {"centerness": False},
         {"anchors": True},
         {"anchors": True, "normalize_ltrb": False},
