@@ -50,7 +50,9 @@ def train(config: Config, process: Process, name: str = "run", resume: Path | No
     validation = None
     if config.data.val_annotations is not None:
         validation = CocoDataset(
-            config.data.val_annotations, config.data.val_images, eval_transforms(config.data)
+            config.data.val_annotations,
+            config.data.val_images,
+            eval_transforms(config.data, config.model.corners),
         )
     config = _with_classes(config, dataset, validation)
     training = Training(config, process, dataset, validation, fresh=resume is None)

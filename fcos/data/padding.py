@@ -62,7 +62,7 @@ def fixed_shapes(data: DataConfig) -> tuple[Shape, ...]:
     longer side in four equal steps up to its largest, upright and wide; and the square that holds
     both kinds together. For 800 and 1333 pixels these are 800 x 960, 1088, 1216 and 1344, their
     upright forms and 1344 x 1344; pictures of 4:3 and of 3:2 fill theirs to 98 %. Where
-    ``data.padding`` is "beyond", they are larger accordingly, 832 x 992 and so on.
+    ``data.padding`` is "beyond", they are larger accordingly: 832 x 960 and so on.
     """
     if data.image_shapes:
         return data.image_shapes

@@ -35,9 +35,9 @@ def train_transforms(config: DataConfig, corners: Corners = "edges") -> v2.Compo
     return _pipeline(config, config.min_sizes, augment, corners)
 
 
-def eval_transforms(config: DataConfig) -> v2.Compose:
+def eval_transforms(config: DataConfig, corners: Corners = "edges") -> v2.Compose:
     """Resizes to the last of `config.min_sizes` and normalises; nothing is random."""
-    return _pipeline(config, config.min_sizes[-1:], [])
+    return _pipeline(config, config.min_sizes[-1:], [], corners)
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Tensor:
@@ -152,7 +152,7 @@ def _pipeline(
     config: DataConfig,
     sizes: Sequence[int],
     augment: Sequence[v2.Transform],
-    corners: Corners = "edges",
+    corners: Corners,
 ) -> v2.Compose:
     resize = ResizeShorterSide(sizes, config.max_size, config.resize, corners)
     if config.resize == "torchvision":
