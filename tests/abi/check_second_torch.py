@@ -324,7 +324,7 @@ def check_fcos_loss() -> None:
     boxes = torch.cat([corner, corner + torch.rand(9, 2) * 50 + 10], dim=1)
     truth = fcos_ext.GroundTruth(boxes, torch.randint(5, (9,)), torch.tensor([0, 4, 9]))
     options = fcos_ext.FCOSLossOptions(
-        strides=(8, 16), size_ranges=((0, 32), (32, float("inf"))), quality="iou"
+        strides=(8, 16), size_ranges=((0, 32), (32, float("inf"))), quality="iou", iou_smooth=1.0
     )
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         parts = make_levels(dtype, dtype, dtype)

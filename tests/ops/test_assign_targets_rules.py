@@ -256,7 +256,7 @@ def test_ends_of_boxes() -> None:
     exclusive, inclusive = (
         assign([boxes], **options, corners=ends) for ends in ("edges", "pixels")
     )
-    assert exclusive.matched[0].tolist() == [0, 0, 0, 1]
+    assert exclusive.matched[0].tolist() == [0, 0, 1, 1]
     assert inclusive.matched[0].tolist() == [0] * 4
     assert inclusive.ltrb[0, 3].tolist() == [12, 12, 22, 22]
 
