@@ -25,9 +25,12 @@ struct Axis {
 // `limit`: the area itself, or what torchvision compares, which has the precision of the offset.
 struct Ties {
   float offset, limit;
+  float end;  // added to sides: 1 if those of a box are its first and last pixels
 };
 
-FCOS_INLINE float cost_of(const Ties& ties, float area) { return area - ties.offset; }
+FCOS_INLINE float cost_of(const Ties& ties, const Box& box) {
+  return product(box.x1 - box.x0 + ties.end, box.y1 - box.y0 + ties.end) - ties.offset;
+}
 
 // One level of the feature pyramid.
 struct Level {

@@ -101,9 +101,10 @@ inline float to_float(double x) {
   return x > 0 ? INFINITY : x < 0 ? -INFINITY : NAN;
 }
 
-inline Ties ties_of(int64_t ties) {
+inline Ties ties_of(int64_t ties, bool pixels) {
   STD_TORCH_CHECK(ties == 0 || ties == 1, "assign_targets: ties must be 0 or 1, got ", ties);
-  return ties == 0 ? Ties{0.0f, INFINITY} : Ties{1e8f, 0.0f};
+  const float end = pixels ? 1.0f : 0.0f;
+  return ties == 0 ? Ties{0.0f, INFINITY, end} : Ties{1e8f, 0.0f, end};
 }
 
 // Where rows or columns are.

@@ -62,16 +62,16 @@ FCOS_INLINE T max_of(T p, T t) {
 
 }  // namespace iou_loss_detail
 
-// I / (U + eps), the IoU.
+// (I + smooth) / (U + smooth + eps), the IoU.
 template <typename T>
-FCOS_INLINE T overlap_of(const Ltrb<T>& pred, const Ltrb<T>& target, T eps) {
+FCOS_INLINE T overlap_of(const Ltrb<T>& pred, const Ltrb<T>& target, T smooth, T eps) {
   using namespace iou_loss_detail;
   const T w_common = side(min_of(pred.l, target.l) + min_of(pred.r, target.r));
   const T h_common = side(min_of(pred.t, target.t) + min_of(pred.b, target.b));
   const T intersection = product(w_common, h_common);
   const T united = product(side(pred.l + pred.r), side(pred.t + pred.b)) +
                    product(side(target.l + target.r), side(target.t + target.b)) - intersection;
-  return intersection / (united + eps);
+  return (intersection + smooth) / (united + smooth + eps);
 }
 
 // The loss and its gradient; what is not used of them costs nothing.

@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "(Tensor, Tensor)");
   m.def(
       "assign_targets(Tensor boxes, Tensor labels, Tensor extents, int[] feature_sizes, "
-      "float[] grids, float[] size_ranges, int boundary, bool normalize, int ties) -> "
+      "float[] grids, float[] size_ranges, int boundary, bool normalize, int ties, "
+      "bool pixels=False) -> "
       "(Tensor labels, Tensor ltrb, Tensor centerness, Tensor matched, Tensor num_pos)");
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, int max_detections) "
@@ -69,8 +70,8 @@ STABLE_TORCH_LIBRARY(FCOS_NAMESPACE, m) {
       "postprocess(Tensor[] logits, Tensor[] regression, Tensor[] centerness, Tensor[] anchors, "
       "Tensor image_sizes, Tensor? original_sizes, float[] grids, float[] deltas, "
       "float score_threshold, float iou_threshold, int topk_candidates, int max_detections, "
-      "int max_apart, bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, "
-      "bool keep_empty) -> "
+      "int max_apart, bool root, bool on_final, bool by_class, bool class_agnostic, bool clip, "
+      "bool in_pixels, bool keep_empty, bool pixels, bool overlap_edges) -> "
       "(Tensor boxes, Tensor scores, Tensor labels, Tensor counts, Tensor dropped)");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold, float sigma, "

@@ -51,15 +51,17 @@ struct Scoring {
   float threshold;
   bool root;      // the final score is the root of the product
   bool on_final;  // the threshold is on the final score, else on that of the class
+  bool by_class;  // candidates are ranked by the class score, else by the product
 
   FCOS_INLINE float final_of(float product) const { return root ? std::sqrt(product) : product; }
 
-  // Product of the scores, which candidates are ranked by; NaN if it is to be dropped; 0: none.
+  // What candidates are ranked by; NaN if it is to be dropped; 0: none.
   FCOS_INLINE float judge(float cls, float weight) const {
     const float p = product(cls, weight);
     const bool fails =
         on_final ? (final_of(p) <= threshold) | (final_of(weight) <= threshold) : cls <= threshold;
-    return fails ? 0.0f : p;
+    const float key = by_class && p > 0.0f ? cls : p;
+    return fails ? 0.0f : key;
   }
 };
 
@@ -161,9 +163,31 @@ FCOS_INLINE Box moved_apart(const Box& b, int64_t label, float step) {
   return {b.x0 + by, b.y0 + by, b.x1 + by, b.y1 + by};
 }
 
-// A finite box inside an image.
-FCOS_INLINE Box clipped(const Box& b, float height, float width) {
-  return {clipped(b.x0, width), clipped(b.y0, height), clipped(b.x1, width), clipped(b.y1, height)};
-}
+// What the right and bottom sides of a box are, as it is predicted: their coordinates; or its last
+// column and row of pixels, to which 1 is added at some point.
+struct BoxEnds {
+  float added;       // 0 or 1
+  bool in_overlaps;  // before overlaps are computed
+
+  FCOS_INLINE float before() const { return in_overlaps ? added : 0.0f; }
+
+  // A finite box inside an image.
+  FCOS_INLINE Box clipped(const Box& b, float height, float width) const {
+    const float bottom = height - added, right = width - added;
+    return {fcos_ext::clipped(b.x0, right), fcos_ext::clipped(b.y0, bottom),
+            fcos_ext::clipped(b.x1, right), fcos_ext::clipped(b.y1, bottom)};
+  }
+
+  // As overlaps are computed of it.
+  FCOS_INLINE Box compared(const Box& b) const {
+    return {b.x0, b.y0, b.x1 + before(), b.y1 + before()};
+  }
+
+  // Scaled, from what was compared.
+  FCOS_INLINE Box result(const Box& b, float scale_y, float scale_x) const {
+    return {product(b.x0, scale_x), product(b.y0, scale_y),
+            product(b.x1 - before(), scale_x) + added, product(b.y1 - before(), scale_y) + added};
+  }
+};
 
 }  // namespace fcos_ext

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "padded_batched_nms.h"
 #include "postprocess.h"
 
 namespace fcos_ext {
@@ -76,6 +77,13 @@ struct PostprocessLevel {
                                    : std::numeric_limits<acc>::infinity();
   }
 
+  // Product of the scores of a candidate, from what it was ranked by.
+  FCOS_INLINE float product_of(const Scoring& scoring, Rank<float> rank, int64_t n, int y,
+                               int x) const {
+    const float key = score_of_key(static_cast<OrderKey<float>>(rank >> 32));
+    return scoring.by_class ? product(key, sigmoid_by_series(centerness_at<double>(n, y, x))) : key;
+  }
+
   FCOS_INLINE Box decode(const BoxCoding& coding, int64_t n, int y, int x) const {
     const Numbers& from = regression.numbers;
     const int64_t at = regression.offset(n, y, x), step = regression.channel;
@@ -101,6 +109,7 @@ struct PostprocessCall {
   float iou_threshold;
   int64_t topk_candidates, max_detections;
   bool class_agnostic, clip, keep_empty;
+  BoxEnds ends;
   int64_t max_apart;  // up to so many candidates of an image, boxes are compared moved_apart()
   Numbers image_sizes, original_sizes;  // [N, 2]; the latter null if the former are to be kept
   // [N, D, 4], [N, D], [N, D], [N], [N]
@@ -176,7 +185,8 @@ inline PostprocessCall make_postprocess_call(
     const Tensor& image_sizes, const std::optional<Tensor>& original_sizes,
     const std::vector<double>& grids, const std::vector<double>& deltas, double score_threshold,
     double iou_threshold, int64_t topk_candidates, int64_t max_detections, int64_t max_apart,
-    bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, bool keep_empty) {
+    bool root, bool on_final, bool by_class, bool class_agnostic, bool clip, bool in_pixels,
+    bool keep_empty, bool pixels, bool overlap_edges) {
   constexpr const char* kOp = "postprocess";
   STD_TORCH_CHECK(!logits.empty() && logits.size() <= kMaxPostprocessLevels, kOp,
                   ": logits must have 1 to ", kMaxPostprocessLevels, " levels, got ",
@@ -204,13 +214,14 @@ inline PostprocessCall make_postprocess_call(
   call.images = N;
   call.classes = C;
   call.dtype = logits[0].scalar_type();
-  call.scoring = {static_cast<float>(score_threshold), root, on_final};
+  call.scoring = {static_cast<float>(score_threshold), root, on_final, by_class};
   call.iou_threshold = static_cast<float>(iou_threshold);
   call.topk_candidates = topk_candidates;
   call.max_detections = max_detections;
   call.class_agnostic = class_agnostic;
   call.clip = clip;
   call.keep_empty = keep_empty;
+  call.ends = {pixels ? 1.0f : 0.0f, !overlap_edges};
   call.max_apart = class_agnostic ? 0 : max_apart;
   call.coding.in_pixels = in_pixels;
   if (!deltas.empty())
@@ -278,11 +289,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> postprocess(
     const Tensor& image_sizes, const std::optional<Tensor>& original_sizes,
     const std::vector<double>& grids, const std::vector<double>& deltas, double score_threshold,
     double iou_threshold, int64_t topk_candidates, int64_t max_detections, int64_t max_apart,
-    bool root, bool on_final, bool class_agnostic, bool clip, bool in_pixels, bool keep_empty) {
+    bool root, bool on_final, bool by_class, bool class_agnostic, bool clip, bool in_pixels,
+    bool keep_empty, bool pixels, bool overlap_edges) {
   PostprocessCall call = make_postprocess_call(
       logits, regression, centerness, anchors, image_sizes, original_sizes, grids, deltas,
       score_threshold, iou_threshold, topk_candidates, max_detections, max_apart, root, on_final,
-      class_agnostic, clip, in_pixels, keep_empty);
+      by_class, class_agnostic, clip, in_pixels, keep_empty, pixels, overlap_edges);
   if (call.images > 0) Backend::run(call, logits[0]);
   return {call.boxes, call.scores, call.labels, call.counts, call.dropped};
 }

@@ -156,7 +156,9 @@ def _eval(arguments: list[str]) -> int:
                 f"{options.checkpoint}: was trained without validation annotations; give "
                 "--annotations"
             )
-        dataset = CocoDataset(annotations, images, eval_transforms(config.data))
+        dataset = CocoDataset(
+            annotations, images, eval_transforms(config.data, config.model.corners)
+        )
         if dataset.class_names != predictor.class_names:
             raise ConfigError(
                 f"{annotations} has the categories {', '.join(dataset.class_names)}, but "

@@ -80,6 +80,11 @@ class ModelConfig:
     ties: Literal["exact", "torchvision"] = "exact"
     """Which of several boxes a location learns: the smallest; or, by torchvision's arithmetic, the
     first whose area is within some 8 square pixels of the smallest, and none from 1e8 on."""
+    corners: Literal["edges", "pixels"] = "edges"
+    """Where boxes end: at their right and lower edges, x + width; or, as the original code has it,
+    at their last pixels, x + width - 1. That is then what is scaled, learned, predicted and cut off
+    at the border of the image, and sides have 1 added in areas, in overlaps and in results: those
+    end at edges either way."""
     locations: Literal["half_stride", "torchvision"] = "half_stride"
     """Where the locations of a level are: at stride / 2 + stride * index; or as torchvision has it,
     from 0 in steps of padded image size // level size, which for P6 and P7 vary with the padding,
@@ -122,6 +127,9 @@ class LossConfig:
     """Focusing exponent of the focal loss."""
     box_loss: Literal["iou", "linear_iou", "giou", "diou", "ciou"] = "giou"
     """Overlap loss between predicted and true box."""
+    iou_smooth: float = 0.0
+    """Added to intersection and union of the two boxes, in the unit of the distances. 1 in the
+    authors' code: little where that is the pixel, and much where it is the stride."""
     box_weights: Literal["centerness", "none"] = "centerness"
     """Weigh each location's box loss by its centerness target, or all alike; the paper weighs."""
     quality: Literal["centerness", "iou"] = "centerness"
@@ -143,15 +151,19 @@ class PostprocessConfig:
     """Which score that is: the class score before it meets the centerness, or the final score."""
     topk_candidates: int = 1000
     """Best candidates kept per level and image."""
+    topk_by: Literal["final", "class"] = "final"
+    """Best by which score: the final one, or that of the class, as in mmdetection. What follows
+    goes by the final score either way."""
     iou_threshold: float = 0.6
     """Of two boxes of one class that overlap by more, the lower-scored one is dropped."""
     max_detections: int = 100
     """Best detections kept per image."""
     keep_empty: bool = False
     """Keep boxes without area, such as those that lie outside the image, as torchvision does."""
-    overlaps: Literal["exact", "torchvision"] = "exact"
-    """Overlaps of the boxes, or of the boxes of each class moved to a place of their own, which
-    rounds them: what torchvision compares for up to 1,000 candidates (25,000 on a GPU)."""
+    overlaps: Literal["exact", "torchvision", "edges"] = "exact"
+    """Overlaps of the boxes; or of the boxes of each class moved to a place of their own, which
+    rounds them: what torchvision compares for up to 1,000 candidates (25,000 on a GPU); or, where
+    boxes end at their last pixels, as if those were edges."""
     score: Literal["sqrt", "product"] = "sqrt"
     """Final score: sqrt(class score * centerness), or the product itself. The order is the same."""
     clip: Literal["before_nms", "after_nms"] = "before_nms"
@@ -176,13 +188,17 @@ class DataConfig:
     evaluation uses the last."""
     max_size: int = 1333
     """The longer side is never resized beyond this."""
-    resize: Literal["round", "truncate", "torchvision"] = "round"
+    resize: Literal["round", "truncate", "torchvision", "opencv"] = "round"
     """How: to the nearest whole pixels, antialiased; truncated, as the original code has it, where
-    the longer side follows from the shorter one; or as in torchvision's detectors, rounded down and
-    without antialiasing, after normalisation."""
+    the longer side follows from the shorter one; as in torchvision's detectors, rounded down and
+    without antialiasing, after normalisation; or to the nearest whole pixels as OpenCV does it,
+    without antialiasing, to the bit."""
+    padding: Literal["multiple", "beyond"] = "multiple"
+    """Sides of batches are the next multiples of 32 that hold their images; or, as in rosinality's
+    code, the next ones beyond: 832 for 800."""
     image_shapes: tuple[tuple[int, int], ...] = ()
     """Heights and widths that batches are padded to, each to the smallest that fits. (): as large
-    as its images need, in multiples of 32."""
+    as its images need, by the rule above."""
     flip_probability: float = 0.5
     """Chance of a horizontal flip in training."""
     photometric: bool = False

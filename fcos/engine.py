@@ -43,12 +43,16 @@ def train(config: Config, process: Process, name: str = "run", resume: Path | No
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     dataset = CocoDataset(
-        config.data.train_annotations, config.data.train_images, train_transforms(config.data)
+        config.data.train_annotations,
+        config.data.train_images,
+        train_transforms(config.data, config.model.corners),
     )
     validation = None
     if config.data.val_annotations is not None:
         validation = CocoDataset(
-            config.data.val_annotations, config.data.val_images, eval_transforms(config.data)
+            config.data.val_annotations,
+            config.data.val_images,
+            eval_transforms(config.data, config.model.corners),
         )
     config = _with_classes(config, dataset, validation)
     training = Training(config, process, dataset, validation, fresh=resume is None)

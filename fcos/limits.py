@@ -54,6 +54,7 @@ def check(config: Config, world_size: int = 1, device: str = "cpu") -> None:
         ("data.workers", data.workers >= 0, ">= 0"),
         ("loss.focal_alpha", 0 <= loss.focal_alpha <= 1, "between 0 and 1"),
         ("loss.focal_gamma", 0 <= loss.focal_gamma < math.inf, ">= 0"),
+        ("loss.iou_smooth", 0 <= loss.iou_smooth < math.inf, ">= 0"),
         ("postprocess.score_threshold", 0 <= post.score_threshold < 1, ">= 0 and below 1"),
         ("postprocess.topk_candidates", post.topk_candidates >= 1, ">= 1"),
         ("postprocess.iou_threshold", 0 <= post.iou_threshold <= 1, "between 0 and 1"),

@@ -52,6 +52,8 @@ def assign(
         config: strides and the rules of the assignment.
         boxes, labels, counts: as those of :class:`fcos.data.batches.Batch`.
     """
+    if config.corners == "pixels":
+        boxes = torch.cat((boxes[..., :2], boxes[..., 2:] - 1), dim=-1)
     return fcos_ext.assign_targets(
         boxes,
         labels,
@@ -63,6 +65,7 @@ def assign(
         boundary=config.boundary,
         normalize=config.normalize_ltrb,
         ties=config.ties,
+        corners=config.corners,
     )
 
 
@@ -131,6 +134,7 @@ def fcos_losses(
         alpha=config.focal_alpha,
         gamma=config.focal_gamma,
         box_loss=config.box_loss,
+        iou_smooth=config.iou_smooth,
         box_weights=config.box_weights,
         quality=config.quality,
     )

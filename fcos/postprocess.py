@@ -18,7 +18,8 @@ class PaddedDetections(NamedTuple):
     """Detections of N images, at most D each, best first. Rows from ``counts`` on are padding."""
 
     boxes: Tensor
-    """Tensor[N, D, 4]: xyxy in pixels of the original image, inside it."""
+    """Tensor[N, D, 4]: xyxy in pixels of the original image, inside it; with ``model.corners``
+    "pixels" their ends may be less than a pixel beyond."""
     scores: Tensor
     """Tensor[N, D]: final scores, descending; 0 in the padding."""
     labels: Tensor
@@ -41,7 +42,7 @@ def postprocess(
         image_sizes (Tensor[N, 2]): (height, width) of the images as the network saw them, without
             their padding.
         original_sizes (Tensor[N, 2]): (height, width) that the boxes are scaled to.
-        model: strides, places of the locations and the unit of the distances.
+        model: strides, places of the locations, the unit of the distances and where boxes end.
         config: thresholds and limits.
 
     Candidates whose score or box is not finite are dropped.
@@ -53,12 +54,14 @@ def postprocess(
         score_threshold=config.score_threshold,
         threshold_on=config.threshold_on,
         topk_candidates=config.topk_candidates,
+        topk_by=config.topk_by,
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
         clip=config.clip == "before_nms",
         locations=model.locations,
         keep_empty=config.keep_empty,
         overlaps=config.overlaps,
+        corners=model.corners,
     )
     device = predictions.logits[0].device
     # The sides of padded images are multiples of the finest strides.

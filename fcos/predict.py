@@ -201,7 +201,9 @@ class Predictor:
         while batch := list(islice(pictures, batch_size)):
             sizes = [(image.shape[1], image.shape[2]) for _, image in batch]
             prepared = [prepare_image(image, self.config.data) for _, image in batch]
-            images, image_sizes = pad_images(prepared, self.inference.shapes)
+            images, image_sizes = pad_images(
+                prepared, self.inference.shapes, self.config.data.padding
+            )
             padded = self._detect(images, image_sizes, torch.tensor(sizes))
             for i, (key, image) in enumerate(batch):
                 detections = Detections.from_padded(padded, i, self.class_names, sizes[i])

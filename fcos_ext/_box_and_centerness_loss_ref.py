@@ -91,7 +91,7 @@ def box_and_centerness_loss_ref(
     else:
         c = torch.where(positive, centerness_target.detach().to(dtype), 0.0)
     weight = c if weighted else torch.ones_like(c)
-    q = overlap(p.detach(), t, eps) if quality == "iou" else c
+    q = overlap(p.detach(), t, smooth, eps) if quality == "iou" else c
 
     def total(values: Tensor) -> Tensor:
         return torch.where(positive, values, 0.0).sum()

@@ -57,13 +57,15 @@ def row_loss(pred: Tensor, target: Tensor, kind: str, smooth: float, eps: float)
     return diou + alpha * v
 
 
-def overlap(pred: Tensor, target: Tensor, eps: float) -> Tensor:
-    """IoU of each row, [...], of ``pred`` and ``target`` [..., 4] in one dtype: I / (U + eps)."""
+def overlap(pred: Tensor, target: Tensor, smooth: float, eps: float) -> Tensor:
+    """IoU of each row, (I + smooth) / (U + smooth + eps) [...], of ``pred`` and ``target`` [..., 4]
+    in one dtype."""
     w_pred, h_pred = _sides(pred)
     w_target, h_target = _sides(target)
     w_common, h_common = _sides(torch.minimum(pred, target))
     intersection = w_common * h_common
-    return intersection / (w_pred * h_pred + w_target * h_target - intersection + eps)
+    union = w_pred * h_pred + w_target * h_target - intersection
+    return (intersection + smooth) / (union + smooth + eps)
 
 
 def _sides(ltrb: Tensor) -> tuple[Tensor, Tensor]:

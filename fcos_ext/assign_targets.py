@@ -13,6 +13,7 @@ from .assign_targets_arguments import (
     BOUNDARIES,
     TIES,
     Boundary,
+    Corners,
     Ties,
     check,
     grids_of,
@@ -24,6 +25,7 @@ from .grids import Grid
 __all__ = [
     "AssignedTargets",
     "Boundary",
+    "Corners",
     "Grid",
     "Ties",
     "assign_targets",
@@ -46,6 +48,7 @@ def assign_targets(
     boundary: Boundary = "inclusive",
     normalize: bool = False,
     ties: Ties = "exact",
+    corners: Corners = "edges",
 ) -> AssignedTargets:
     """Assign at most one ground-truth box to every location of a batch, in pixels, per FCOS.
 
@@ -96,6 +99,9 @@ def assign_targets(
         boundary: which ends belong to a size range, see above.
         normalize: divide ``ltrb`` by the stride, or unit, of the level.
         ties: how areas are compared, see above.
+        corners: where boxes end: at their edges; or at their last column and row of pixels, by
+            which areas are (x1 - x0 + 1)(y1 - y0 + 1), as in the first FCOS code, and all else is
+            as above.
 
     Returns:
         AssignedTargets: see there; nothing is differentiable.
@@ -117,6 +123,7 @@ def assign_targets(
         center_sampling_radius,
         boundary,
         ties,
+        corners,
     )
     if boxes.device.type not in _DEVICES:
         return assign_targets_ref(
@@ -131,6 +138,7 @@ def assign_targets(
             boundary=boundary,
             normalize=normalize,
             ties=ties,
+            corners=corners,
         )
     try:
         targets = torch.ops.fcos_ext.assign_targets(
@@ -143,6 +151,7 @@ def assign_targets(
             BOUNDARIES.index(boundary),
             normalize,
             TIES.index(ties),
+            corners == "pixels",
         )
     except RuntimeError:
         # On the CPU the operator checks the values; asked only now, as that takes its time.
@@ -168,6 +177,7 @@ def _fake(
     boundary: int,
     normalize: bool,
     ties: int,
+    pixels: bool = False,
 ) -> tuple[Tensor, ...]:
     sides = zip(feature_sizes[::2], feature_sizes[1::2], strict=True)
     N = boxes.shape[0] if boxes.dim() == 3 else extents.shape[0] - 1

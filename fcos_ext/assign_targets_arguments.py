@@ -13,11 +13,13 @@ from .grids import Grid, check_grid, grid_of
 
 Boundary = Literal["inclusive", "strict", "half_open"]
 Ties = Literal["exact", "torchvision"]
+Corners = Literal["edges", "pixels"]
 
 BOUNDARIES: tuple[str, ...] = ("inclusive", "strict", "half_open")
 """The operator knows a rule by its place here."""
 TIES: tuple[str, ...] = ("exact", "torchvision")
 """As above."""
+CORNERS: tuple[str, ...] = ("edges", "pixels")
 _INTEGERS = (torch.int64, torch.int32)
 
 _MAX_LEVELS = 32
@@ -34,6 +36,7 @@ def check(
     center_sampling_radius: float,
     boundary: str,
     ties: str,
+    corners: str,
 ) -> Tensor:
     """Everything but the values of tensors. Returns ``offsets`` or ``counts``, which is given."""
     if offsets is not None and counts is None:
@@ -76,6 +79,8 @@ def check(
         raise ValueError(f"assign_targets: boundary must be one of {BOUNDARIES}, got {boundary!r}")
     if ties not in TIES:
         raise ValueError(f"assign_targets: ties must be one of {TIES}, got {ties!r}")
+    if corners not in CORNERS:
+        raise ValueError(f"assign_targets: corners must be one of {CORNERS}, got {corners!r}")
     return extents
 
 

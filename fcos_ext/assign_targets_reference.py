@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .assign_targets_arguments import Boundary, Ties, check, grids_of, read_rows
+from .assign_targets_arguments import Boundary, Corners, Ties, check, grids_of, read_rows
 from .grids import Grid, locations_of
 
 _MAX_PAIRS = 1 << 18
@@ -46,6 +46,7 @@ def assign_targets_ref(
     boundary: Boundary = "inclusive",
     normalize: bool = False,
     ties: Ties = "exact",
+    corners: Corners = "edges",
 ) -> AssignedTargets:
     """Same contract as :func:`assign_targets`, in plain PyTorch.
 
@@ -62,11 +63,13 @@ def assign_targets_ref(
         center_sampling_radius,
         boundary,
         ties,
+        corners,
     )
     rows = read_rows(boxes, extents)
 
     boxes = boxes.to(torch.float32).reshape(-1, 4)
     labels = labels.to(torch.int64).reshape(-1)
+    cost = _cost(boxes, ties, corners)
     num_locations = sum(height * width for height, width in feature_sizes)
     matched = torch.full((len(rows), num_locations), -1, dtype=torch.int64, device=boxes.device)
     ltrb = boxes.new_zeros((len(rows), num_locations, 4))
@@ -82,7 +85,7 @@ def assign_targets_ref(
         for image, (first, last) in enumerate(rows):
             if first == last:
                 continue
-            index = _match(locations, boxes[first:last], grid, ends, boundary, ties)
+            index = _match(locations, boxes[first:last], cost[first:last], grid, ends, boundary)
             positive = index >= 0
             # Background rows borrow box `first` here and are overwritten with zeros below.
             distances = _distances(locations, boxes[first + index.clamp(min=0)])
@@ -102,17 +105,14 @@ def assign_targets_ref(
 def _match(
     locations: Tensor,
     boxes: Tensor,
+    cost: Tensor,
     grid: Grid,
     size_range: tuple[float, float],
     boundary: str,
-    ties: str,
 ) -> Tensor:
     """Index into ``boxes`` [M, 4], M > 0, for each of ``locations`` [P, 2], or -1: int64 [P]."""
     x0, y0, x1, y1 = boxes[..., None].unbind(1)  # each [M, 1]
     low, high = size_range
-    area = (x1 - x0) * (y1 - y0)
-    # Of an infinite area, hence of all with an infinite coordinate, the cost is above any limit.
-    cost, limit = (area, math.inf) if ties == "exact" else (area - 1e8, 0.0)
 
     chunks = []
     for x, y in locations.t().split(max(1, _MAX_PAIRS // len(boxes)), dim=1):
@@ -127,9 +127,19 @@ def _match(
         candidate &= (size > low) if boundary == "strict" else (size >= low)
         candidate &= (size <= high) if boundary == "inclusive" else (size < high)
         # torch.min documents that the first of equal minima is returned: the lower box index.
-        smallest, index = torch.where(candidate, cost, math.inf).min(dim=0)
-        chunks.append(torch.where(smallest < limit, index, -1))
+        smallest, index = torch.where(candidate, cost[:, None], math.inf).min(dim=0)
+        chunks.append(torch.where(smallest < math.inf, index, -1))
     return torch.cat(chunks)
+
+
+def _cost(boxes: Tensor, ties: str, corners: str) -> Tensor:
+    """[K]: the box with the least one wins; infinite: it cannot. Of an infinite area, hence of all
+    with an infinite coordinate, it is."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    if corners == "pixels":
+        width, height = width + 1, height + 1
+    area = width * height
+    return area if ties == "exact" else torch.where(area < 1e8, area - 1e8, math.inf)
 
 
 def _distances(locations: Tensor, boxes: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ def box_and_centerness_loss(
             between 0 and 1 that the scores are to learn; any floating dtype.
         weighted: weight the box losses by ``c``; else by 1.
         quality: what the scores learn: "centerness", which is ``c``, or "iou", the overlap
-            I / (U + eps) of the predicted with the true box. It is a target only: no gradient flows
-            through it.
+            (I + smooth) / (U + smooth + eps) of the predicted with the true box. It is a target
+            only: no gradient flows through it.
         kind: which overlap loss.
         smooth: see :func:`fcos_ext.iou_loss`.
         eps: see :func:`fcos_ext.iou_loss`.

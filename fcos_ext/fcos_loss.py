@@ -123,6 +123,7 @@ def fcos_loss(
         weighted=options.box_weights == "centerness",
         quality=options.quality,
         kind=options.box_loss,
+        smooth=options.iou_smooth,
         num_classes=num_classes,
         normalizers=normalizers,
         fused_gradient=True,
@@ -159,6 +160,7 @@ def fcos_loss_ref(
         weighted=options.box_weights == "centerness",
         quality=options.quality,
         kind=options.box_loss,
+        smooth=options.iou_smooth,
         num_classes=num_classes,
         normalizers=normalizers,
     )

@@ -46,6 +46,9 @@ class FCOSLossOptions:
     quality: Quality = "centerness"
     """What the centerness branch learns: the centerness, or "iou", the overlap of the predicted
     box with the true one, through which no gradient flows."""
+    iou_smooth: float = 0.0
+    """Added to intersection and union in the box loss and in the quality "iou", in the unit that
+    distances are predicted in; see ``smooth`` of :func:`fcos_ext.iou_loss`."""
     debug: bool = False
     """Check the values that the host does not see on a GPU: a label, count or offset out of its
     range raises RuntimeError on the CPU and is a device-side assertion on a GPU, which names the

@@ -35,7 +35,8 @@ def postprocess(
 
     The sigmoids are rounded to float32 from float64, and all else is float32, so that CPU and CUDA
     kernels agree to the bit. Candidates of equal score are in the order of level, location and
-    class. Not differentiable: the results never require a gradient.
+    class; with ``topk_by="class"`` of level, class score, location and class. Not differentiable:
+    the results never require a gradient.
 
     Args:
         predictions: logits (Tensor[N, C, H_l, W_l]), distances to left, top, right and bottom side,
@@ -106,10 +107,13 @@ def operator_arguments(
         max_apart(options, image_sizes.device),
         options.score == "sqrt",
         options.threshold_on == "final",
+        options.topk_by == "class",
         options.class_agnostic,
         options.clip,
         not options.normalize_ltrb,
         options.keep_empty,
+        options.corners == "pixels",
+        options.overlaps == "edges",
     )
 
 

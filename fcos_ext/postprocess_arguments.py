@@ -33,9 +33,15 @@ def grids_of(
 def max_apart(options: PostprocessOptions, device: torch.device) -> int:
     """Up to so many candidates of an image, boxes of each class are compared in a place of their
     own."""
-    if options.overlaps == "exact" or options.class_agnostic:
+    if options.overlaps != "torchvision" or options.class_agnostic:
         return 0
     return 1000 if device.type == "cpu" else 25_000
+
+
+def ends_of(options: PostprocessOptions) -> tuple[float, float]:
+    """What is added to right and bottom sides: before overlaps are computed, and in all."""
+    added = float(options.corners == "pixels")
+    return (0.0 if options.overlaps == "edges" else added), added
 
 
 def check(

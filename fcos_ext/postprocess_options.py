@@ -38,16 +38,24 @@ class PostprocessOptions:
     """Which score that is: the class score before it meets the centerness, or the final score."""
     topk_candidates: int = 1000
     """Best candidates kept per level and image; of equal scores the first location, then class."""
+    topk_by: Literal["final", "class"] = "final"
+    """By which score those are the best. What follows goes by the final score either way."""
     iou_threshold: float = 0.6
     """Of two boxes of one class that overlap by more, the lower-scored one is dropped."""
     max_detections: int = 100
     """Best detections kept per image: D."""
     class_agnostic: bool = False
     """Boxes of all classes suppress each other."""
-    overlaps: Literal["exact", "torchvision"] = "exact"
-    """Of what the overlaps are that NMS compares: of the boxes, or, as in torchvision's
+    corners: Literal["edges", "pixels"] = "edges"
+    """Where a predicted box ends: at its right and lower edges; or, as in code that descends from
+    maskrcnn-benchmark, at its last column and row of pixels. Then boxes are cut off at one less
+    than width and height, and have 1 added to both ends in overlaps, and in the results after they
+    were scaled: those end at edges either way."""
+    overlaps: Literal["exact", "torchvision", "edges"] = "exact"
+    """Of what the overlaps are that NMS compares: of the boxes; or, as in torchvision's
     ``batched_nms`` of up to 1,000 candidates of an image (25,000 on a GPU), of the boxes of each
-    class moved to a place of their own, by which coordinates are rounded. The same to the bit."""
+    class moved to a place of their own, by which coordinates are rounded, the same to the bit; or
+    of boxes of pixels as if they ended at edges, so that single columns and rows have no area."""
     clip: bool = True
     """Cut boxes off at the border of the image."""
     keep_empty: bool = False
@@ -70,7 +78,9 @@ class PostprocessOptions:
             ("coding", ("ltrb", "deltas")),
             ("score", ("sqrt", "product")),
             ("threshold_on", ("class", "final")),
-            ("overlaps", ("exact", "torchvision")),
+            ("topk_by", ("final", "class")),
+            ("corners", ("edges", "pixels")),
+            ("overlaps", ("exact", "torchvision", "edges")),
             ("locations", ("half_stride", "torchvision")),
         ):
             if getattr(self, name) not in choices:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .grids import Grid, locations_of
 from .padded_batched_nms import padded_batched_nms_ref
-from .postprocess_arguments import Levels, Predictions, check, grids_of, max_apart
+from .postprocess_arguments import Levels, Predictions, check, ends_of, grids_of, max_apart
 from .postprocess_options import PostprocessOptions
 
 
@@ -53,9 +53,11 @@ def postprocess_ref(
 
     finite = boxes.isfinite().all(dim=-1)  # asked before clipping makes infinity a number
     dropped = dropped + ((labels >= 0) & ~finite).sum(dim=1)
+    before, added = ends_of(options)
     if options.clip:
         limit = image_sizes.to(boxes).flip(-1).repeat(1, 2).unsqueeze(1)  # [N, 1, (w, h, w, h)]
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        boxes = torch.minimum(boxes.clamp(min=0), limit - added)
+    boxes = _extended(boxes, before)
     kept = finite
     if not options.keep_empty:
         kept = kept & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
@@ -70,12 +72,12 @@ def postprocess_ref(
         class_agnostic=options.class_agnostic,
     )
     index, padding = keep.clamp(min=0), keep < 0
-    boxes = boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    boxes = _extended(boxes.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)), -before)
     if original_sizes is not None:
         scale = original_sizes.to(boxes) / image_sizes.to(boxes)
         boxes = boxes * scale.flip(-1).repeat(1, 2).unsqueeze(1)
     return Postprocessed(
-        boxes.masked_fill(padding.unsqueeze(-1), 0),
+        _extended(boxes, added).masked_fill(padding.unsqueeze(-1), 0),
         _final(scores.gather(1, index), options).masked_fill(padding, 0),
         labels.gather(1, index).masked_fill(padding, -1),
         counts,
@@ -115,13 +117,16 @@ def _select(
 
     # Score and index in one number, of equal scores the lower index: topk itself promises no order
     # among equals. The bits of floats that are not negative are in their order.
-    product = torch.where(passes & (product > 0), product, 0.0).permute(0, 2, 3, 1).flatten(1)
-    flat = torch.arange(product.shape[1], device=product.device)  # location, then class
-    ranks = product.contiguous().view(torch.int32).long() << 32 | (0xFFFFFFFF - flat)
-    best = ranks.topk(min(options.topk_candidates, product.shape[1]), dim=1).values
+    key = torch.where(passes & (product > 0), product if options.topk_by == "final" else cls, 0.0)
+    key = key.permute(0, 2, 3, 1).flatten(1)
+    flat = torch.arange(key.shape[1], device=key.device)  # location, then class
+    ranks = key.contiguous().view(torch.int32).long() << 32 | (0xFFFFFFFF - flat)
+    best = ranks.topk(min(options.topk_candidates, key.shape[1]), dim=1).values
     scores = (best >> 32).int().view(torch.float32)
     flat = 0xFFFFFFFF - (best & 0xFFFFFFFF)
     location, labels = flat // num_classes, flat % num_classes
+    if options.topk_by == "class" and centerness is not None:
+        scores = scores * weight.flatten(1).gather(1, location)
 
     numbers = regression.float().flatten(2).transpose(1, 2)
     numbers = numbers.gather(1, location.unsqueeze(-1).expand(-1, -1, 4))
@@ -142,6 +147,11 @@ def _decode(numbers: Tensor, anchors: Tensor, options: PostprocessOptions) -> Te
     logarithms = logarithms.clamp(max=options.delta_limit)
     half = 0.5 * (logarithms.to(_wide(numbers)).exp().float() * sides)
     return torch.cat((center - half, center + half), dim=-1)
+
+
+def _extended(boxes: Tensor, by: float) -> Tensor:
+    """Boxes [..., 4] that end so much further to the right and below."""
+    return boxes if by == 0 else torch.cat((boxes[..., :2], boxes[..., 2:] + by), dim=-1)
 
 
 def _moved_apart(boxes: Tensor, labels: Tensor, most: int) -> Tensor:

@@ -93,7 +93,7 @@ FCOS_INLINE void scatter_box(const Level& level, const Ties& ties, const Tile& t
     std::fill_n(best.cost, (tile.x1 - tile.x0) * (tile.y1 - tile.y0), ties.limit);
   best.first_y = std::min(best.first_y, ys.first);
   best.last_y = std::max(best.last_y, ys.last);
-  const float cost = cost_of(ties, area_of(box));
+  const float cost = cost_of(ties, box);
   const float center_x = center_of(box.x0, box.x1), center_y = center_of(box.y0, box.y1);
   for (int32_t y = ys.first; y < ys.last; ++y) {
     const float py = location_of(level.y, y);
@@ -232,14 +232,15 @@ void check_extents(const Boxes& boxes, int64_t N) {
 Targets assign_targets_cpu(const Tensor& boxes, const Tensor& labels, const Tensor& extents,
                            const std::vector<int64_t>& feature_sizes,
                            const std::vector<double>& grids, const std::vector<double>& size_ranges,
-                           int64_t boundary, bool normalize, int64_t ties) {
+                           int64_t boundary, bool normalize, int64_t ties, bool pixels) {
   check_assign_targets(boxes, labels, extents);
   const std::vector<Level> levels = levels_of(feature_sizes, grids, size_ranges, boundary);
   const GroundTruth truth(boxes, labels, extents);
   const int64_t N = truth.num_images(), L = num_locations(levels);
   check_extents(truth.rows(), N);
   Targets targets = new_targets(boxes, N, L);
-  assign_images({truth.rows(), TargetPointers(targets), ties_of(ties), normalize, L}, levels, N);
+  assign_images({truth.rows(), TargetPointers(targets), ties_of(ties, pixels), normalize, L},
+                levels, N);
   return targets;
 }
 

@@ -109,7 +109,7 @@ struct Worker {
       for (int i = 0; i < n; ++i)
         c.weight[i] = centerness_of(c.target[i].l, c.target[i].t, c.target[i].r, c.target[i].b);
     if (call.iou_quality)
-      for (int i = 0; i < n; ++i) c.quality[i] = overlap_of(c.pred[i], c.target[i], eps);
+      for (int i = 0; i < n; ++i) c.quality[i] = overlap_of(c.pred[i], c.target[i], smooth, eps);
     else
       std::copy_n(c.weight.values, n, c.quality.values);
     if (!call.weighted) std::fill_n(c.weight.values, n, acc(1));

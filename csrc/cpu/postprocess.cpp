@@ -20,30 +20,35 @@ struct Selected {
   std::vector<Box> boxes;
   std::vector<float> scores;
   std::vector<int32_t> labels;
-  std::vector<int64_t> places;  // level, location and class: of equal scores the lower comes first
+  std::vector<int64_t> places;  // level and rank in it: of equal scores the lower comes first
   int64_t dropped = 0;
 };
 
-// Appends the candidates of a level.
+// Appends the candidates of a level. They are ranked by location and class where their scores,
+// which are what they are ranked by, are equal; those ranked by class score have to be in order.
 void decode(const PostprocessCall& call, int l, int64_t n, const Ranks& ranks, Selected& selected) {
   const PostprocessLevel& level = call.levels[l];
   const float height = call.image_sizes.at<float>(2 * n);
   const float width = call.image_sizes.at<float>(2 * n + 1);
   const int classes = static_cast<int>(call.classes);
+  int64_t place = 0;
   for (const Rank<float> rank : ranks) {
     const int flat = static_cast<int>(index_of(rank));
     const int location = flat / classes, y = location / level.width;
-    Box box = level.decode(call.coding, n, y, location - y * level.width);
+    const int x = location - y * level.width;
+    Box box = level.decode(call.coding, n, y, x);
+    ++place;
     if (!is_finite(box)) {
       ++selected.dropped;
       continue;
     }
-    if (call.clip) box = clipped(box, height, width);
+    if (call.clip) box = call.ends.clipped(box, height, width);
+    box = call.ends.compared(box);
     if (!call.keep_empty && !has_area(box)) continue;
     selected.boxes.push_back(box);
-    selected.scores.push_back(score_of_key(static_cast<OrderKey<float>>(rank >> 32)));
+    selected.scores.push_back(level.product_of(call.scoring, rank, n, y, x));
     selected.labels.push_back(flat - location * classes);
-    selected.places.push_back(int64_t(l) << 32 | flat);
+    selected.places.push_back(int64_t(l) << 32 | (call.scoring.by_class ? place : flat));
   }
 }
 
@@ -67,10 +72,11 @@ class Suppression {
       const int64_t group = call.class_agnostic ? 0 : all.labels[i];
       const Box compared = apart ? moved_apart(b, group, step) : b;
       if (!kept_.add_unless_suppressed(compared, group, call.iou_threshold)) return true;
-      boxes[4 * count] = b.x0 * scale_x;
-      boxes[4 * count + 1] = b.y0 * scale_y;
-      boxes[4 * count + 2] = b.x1 * scale_x;
-      boxes[4 * count + 3] = b.y1 * scale_y;
+      const Box result = call.ends.result(b, scale_y, scale_x);
+      boxes[4 * count] = result.x0;
+      boxes[4 * count + 1] = result.y0;
+      boxes[4 * count + 2] = result.x1;
+      boxes[4 * count + 3] = result.y1;
       scores[count] = call.scoring.final_of(all.scores[i]);
       labels[count] = all.labels[i];
       return ++count < D;
@@ -124,6 +130,7 @@ struct Cpu {
             selected.dropped += tiles[t].dropped;
           }
           keep_best(ranks, static_cast<size_t>(call.levels[l].max_candidates));
+          if (call.scoring.by_class) std::sort(ranks.begin(), ranks.end(), std::greater<>());
           decode(call, l, n, ranks, selected);
         }
         with_cpu_isa([&] { suppression.run(call, selected, n); });

@@ -164,14 +164,16 @@ class Search {
     raise_cutoffs();
   }
 
-  // To the floor; but logits that are not a number have to be found all the same.
+  // To the floor, of class scores or of products; but what is not a number has to be found all the
+  // same.
   FCOS_INLINE void raise_cutoffs() {
     if (!tile_.floor) return;
     const float floor = score_of_key(static_cast<OrderKey<float>>(tile_.floor >> 32));
     if (!(floor > 1e-30f)) return;
     const float inverse = 1.0f / floor;
     for (int i = 0; i < size(); ++i) {
-      const float raised = Cutoff::of_product(inverse, centerness_[i]);
+      const float c = centerness_[i];
+      const float raised = Cutoff::of_product(inverse, scoring_.by_class && c == c ? kInfinity : c);
       const float finite = std::min(raised, std::numeric_limits<float>::max());
       cutoffs_[i] = finite > cutoffs_[i] ? finite : cutoffs_[i];
     }

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
       const int place = count_before(keep, of_warp, count);
       if (keep) {
         survivors.box[place] = box;
-        survivors.cost[place] = cost_of(ties, area_of(box));
+        survivors.cost[place] = cost_of(ties, box);
         survivors.row[place] = row;
       }
       __syncthreads();
@@ -154,10 +154,10 @@ Targets assign_targets_cuda(const Tensor& boxes, const Tensor& labels, const Ten
                             const std::vector<int64_t>& feature_sizes,
                             const std::vector<double>& grids,
                             const std::vector<double>& size_ranges, int64_t boundary,
-                            bool normalize, int64_t ties) {
+                            bool normalize, int64_t ties, bool pixels) {
   check_assign_targets(boxes, labels, extents);
   const Levels levels = cut_into_tiles(levels_of(feature_sizes, grids, size_ranges, boundary));
-  const Ties rule = ties_of(ties);
+  const Ties rule = ties_of(ties, pixels);
   const GroundTruth truth(boxes, labels, extents);
   const int64_t N = truth.num_images(), num_items = N * levels.num_tiles;
   Targets targets = new_targets(boxes, N, levels.num_locations);

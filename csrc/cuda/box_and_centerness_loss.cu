@@ -77,7 +77,7 @@ __device__ __forceinline__ void positive(const Args<acc>& a, const DeviceLevel& 
   const Ltrb<acc> pred = load_ltrb<acc>(level.pred, place);
   const acc c = a.centerness_target.data ? load_value<acc>(a.centerness_target, index)
                                          : centerness_of(target.l, target.t, target.r, target.b);
-  const acc quality = a.iou_quality ? overlap_of(pred, target, a.eps) : c;
+  const acc quality = a.iou_quality ? overlap_of(pred, target, a.smooth, a.eps) : c;
   const acc weight = a.weighted ? c : acc(1);
   const BoxLoss<acc> box = box_loss<kKind>(pred, target, a.smooth, a.eps);
   const CrossEntropy<acc> entropy =

@@ -55,6 +55,7 @@ struct ResultArgs {
   const int64_t* keep;    // [N, D]
   Numbers image_sizes, original_sizes;
   Scoring scoring;
+  BoxEnds ends;
   int64_t K, D, total;
   float4* out_boxes;    // [N, D]
   float* out_scores;    // [N, D]
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(post::kThreads) postprocess_results_kernel(con
       const float scale_y = PostprocessCall::scale(a.original_sizes, a.image_sizes, 2 * n);
       const float scale_x = PostprocessCall::scale(a.original_sizes, a.image_sizes, 2 * n + 1);
       const float4 b = a.boxes[from];
-      box = make_float4(b.x * scale_x, b.y * scale_y, b.z * scale_x, b.w * scale_y);
+      const Box result = a.ends.result({b.x, b.y, b.z, b.w}, scale_y, scale_x);
+      box = make_float4(result.x0, result.y0, result.x1, result.y1);
       score = a.scoring.final_of(a.scores[from]);
       label = a.labels[from];
     }
@@ -135,6 +137,7 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
   a.coding = call.coding;
   a.clip = call.clip;
   a.keep_empty = call.keep_empty;
+  a.ends = call.ends;
   a.candidates = K;
 
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -177,6 +180,7 @@ void run_on_gpu(PostprocessCall& call, const Tensor& on) {
                            call.image_sizes,
                            call.original_sizes,
                            call.scoring,
+                           call.ends,
                            K,
                            D,
                            N * D,

@@ -54,11 +54,12 @@ __device__ __forceinline__ void write_candidate(const Logits<scalar_t>& logits, 
   const bool finite = is_finite(box);
   if (!finite) atomicAdd(&s.dropped, 1u);
   if (a.clip)
-    box = clipped(box, a.image_sizes.at<float>(2 * logits.n),
-                  a.image_sizes.at<float>(2 * logits.n + 1));
+    box = a.ends.clipped(box, a.image_sizes.at<float>(2 * logits.n),
+                         a.image_sizes.at<float>(2 * logits.n + 1));
+  box = a.ends.compared(box);
   const int64_t to = logits.n * a.candidates + level.first_candidate + at;
   a.boxes[to] = make_float4(box.x0, box.y0, box.x1, box.y1);
-  a.scores[to] = score_of_key(static_cast<OrderKey<float>>(rank >> 32));
+  a.scores[to] = level.product_of(a.scoring, rank, logits.n, y, x);
   a.labels[to] = finite && (a.keep_empty || has_area(box))
                      ? static_cast<int>(flat - location * a.classes.divisor)
                      : -1;

@@ -62,6 +62,7 @@ struct Args {
   BoxCoding coding;
   Numbers image_sizes;
   bool clip, keep_empty;
+  BoxEnds ends;
   int64_t candidates;
   float4* boxes;    // [N, candidates]
   float* scores;    // [N, candidates]
@@ -107,7 +108,7 @@ struct Logits {
     return lowest;
   }
 
-  // Product of the scores of a logit, as Scoring::judge() gives it, and its place in the order of
+  // What a logit is ranked by, as Scoring::judge() gives it, and its place in the order of
   // locations, then classes.
   __device__ __forceinline__ float score(int i, int* flat) const {
     const int C = static_cast<int>(a.classes.divisor);

@@ -76,7 +76,7 @@ def assign(
         labels (ndarray[K]): Class of each box.
         offsets (ndarray[N + 1]): Picture i has the boxes offsets[i] to offsets[i + 1].
         size: (height, width) of the resized pictures.
-        conventions: Levels, size ranges, boundary, center sampling, ties and locations.
+        conventions: Levels, size ranges, boundary, center sampling, ties, corners and locations.
     """
     return fcos_ext.assign_targets(
         torch.from_numpy(np.ascontiguousarray(boxes)),
@@ -88,4 +88,5 @@ def assign(
         center_sampling_radius=conventions.center_sampling_radius,
         boundary=conventions.boundary,
         ties=conventions.ties,
+        corners=conventions.corners,
     )

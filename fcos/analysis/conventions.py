@@ -16,7 +16,7 @@ from ..config import Config, ConfigError
 from ..presets import paper
 
 Boundary = Literal["inclusive", "strict", "half_open"]
-Resize = Literal["round", "truncate", "torchvision", "none"]
+Resize = Literal["round", "truncate", "torchvision", "opencv", "none"]
 Corners = Literal["edges", "pixels"]
 
 
@@ -42,12 +42,13 @@ class Conventions:
     max_size: int = 1333
     """The longer side is never resized beyond this."""
     resize: Resize = "round"
-    """New sizes are rounded to the nearest pixel; or truncated, as Python's int() and so the
-    original code has it; or rounded down, as in torchvision; or the pictures keep the size of their
-    file."""
+    """New sizes are rounded to the nearest pixel, as in OpenCV's rule; or truncated, as Python's
+    int() and so the original code has it; or rounded down, as in torchvision; or the pictures keep
+    the size of their file."""
     corners: Corners = "edges"
     """Where a box ends: at its right and lower edge, x + width; or at its last pixel,
-    x + width - 1, before resizing, as the original code has it."""
+    x + width - 1, before resizing, as the original code has it, by which areas have 1 added to both
+    sides."""
     crowd: bool = False
     """Crowd boxes are boxes like all others, instead of left out."""
 
@@ -124,6 +125,7 @@ def conventions_of(config: Config) -> Conventions:
         resize=config.data.resize,
         ties=config.model.ties,
         locations=config.model.locations,
+        corners=config.model.corners,
     )
 
 

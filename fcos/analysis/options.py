@@ -48,15 +48,17 @@ class ConventionOptions:
     center_sampling_radius: float | None = None
     """Positives lie within radius * stride of the box centre; 0: anywhere inside the box."""
     min_size: int | None = None
-    """Shorter side of the pictures after resizing."""
+    """Shorter side of the pictures after resizing. None: the preset's; the last one, that of
+    evaluation, where training draws among several."""
     max_size: int | None = None
     """The longer side is never resized beyond this."""
     resize: Resize | None = None
-    """New sizes are rounded; truncated, as Python's int() and so the original code has it; rounded
-    down, as in torchvision; or none: pictures keep the size of their file. None: the preset's."""
+    """New sizes are rounded, with opencv too; truncated, as Python's int() and so the original code
+    has it; rounded down, as in torchvision; or none: pictures keep the size of their file. None:
+    the preset's."""
     corners: Corners | None = None
     """Boxes end at their right and lower edges, x + width; or at their last pixels, x + width - 1,
-    before resizing, as the original code has it. None: edges."""
+    before resizing, as the original code has it. None: the preset's."""
     crowd: bool = False
     """Take crowd boxes for boxes like all others, instead of leaving them out."""
 

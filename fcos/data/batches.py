@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fcos.config import DataConfig
-from fcos.data.padding import Shape, fixed_shapes, pad_images
+from fcos.data.padding import Padding, Shape, fixed_shapes, pad_images
 from fcos.data.sampling import SampleIndex, TrainingBatches, check_rank
 
 if TYPE_CHECKING:
@@ -101,19 +101,22 @@ class Batch:
 
 
 def collate(
-    samples: Sequence[Sample], shapes: Sequence[Shape] = (), max_boxes: int | None = None
+    samples: Sequence[Sample],
+    shapes: Sequence[Shape] = (),
+    max_boxes: int | None = None,
+    padding: Padding = "multiple",
 ) -> Batch:
     """Makes a batch of samples.
 
     Args:
         samples: At least one.
-        shapes: That the images may be padded to; see `pad_images`.
+        shapes, padding: What the images are padded to; see `pad_images`.
         max_boxes: M of the batch; None: as many as the image with the most boxes has.
 
     Raises:
         ValueError: There is no sample, or one has more boxes than `max_boxes`.
     """
-    images, sizes = pad_images([sample.image for sample in samples], shapes)
+    images, sizes = pad_images([sample.image for sample in samples], shapes, padding)
     counts = [len(sample.boxes) for sample in samples]
     if max_boxes is None:
         max_boxes = max(counts)
@@ -182,6 +185,7 @@ def training_loader(
             collate,
             shapes=fixed_shapes(config) if fixed else config.image_shapes,
             max_boxes=max(1, dataset.max_boxes) if fixed else None,
+            padding=config.padding,
         ),
         worker_init_fn=_leave_signals_to_training,
         pin_memory=torch.cuda.is_available(),
@@ -201,7 +205,7 @@ def eval_loader(
 
     Args:
         dataset (CocoDataset): The images.
-        config (DataConfig): For the number of workers.
+        config (DataConfig): For the number of workers and the padding.
         batch_size (int): Images a batch of this process; the last batch may be smaller.
         rank (int), world_size (int): Which share; shares differ by at most one image.
         shapes: That the images may be padded to; see `pad_images`.
@@ -221,7 +225,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=share,
         num_workers=_workers(config, -(-len(share) // batch_size)),
-        collate_fn=partial(collate, shapes=shapes),
+        collate_fn=partial(collate, shapes=shapes, padding=config.padding),
         worker_init_fn=_leave_signals_to_training,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),

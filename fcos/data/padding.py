@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +17,19 @@ SIZE_DIVISOR = 32
 _LENGTHS = 4
 
 Shape = tuple[int, int]
+Padding = Literal["multiple", "beyond"]
 
 
-def pad_images(images: Sequence[Tensor], shapes: Sequence[Shape] = ()) -> tuple[Tensor, Tensor]:
+def pad_images(
+    images: Sequence[Tensor], shapes: Sequence[Shape] = (), padding: Padding = "multiple"
+) -> tuple[Tensor, Tensor]:
     """Puts images of different sizes into one tensor.
 
     Args:
         images (sequence of Tensor[3, H_i, W_i]): At least one.
         shapes: (height, width) that the result may have: it gets the smallest that holds every
-            image. Where none does, and by default, it is as large as the images need, in multiples
-            of 32.
+            image. Where none does, and by default, it is as large as the images need.
+        padding: And that is by this rule; see ``DataConfig``.
 
     Returns:
         (Tensor[N, 3, H, W], Tensor[N, 2]): The images, zero at the right and the bottom, and
@@ -37,7 +41,8 @@ def pad_images(images: Sequence[Tensor], shapes: Sequence[Shape] = ()) -> tuple[
     if not images:
         raise ValueError("pad_images: images must hold at least one image, got none")
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
-    height, width = padded_size((int(sizes[:, 0].max()), int(sizes[:, 1].max())), shapes)
+    largest = int(sizes[:, 0].max()), int(sizes[:, 1].max())
+    height, width = padded_size(largest, shapes, padding)
     padded = _empty((len(images), images[0].shape[0], height, width), images[0])
     for slot, image in zip(padded, images, strict=True):
         rows, columns = image.shape[-2:]
@@ -55,12 +60,12 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
-def padded_size(size: Shape, shapes: Sequence[Shape] = ()) -> Shape:
+def padded_size(size: Shape, shapes: Sequence[Shape] = (), padding: Padding = "multiple") -> Shape:
     """The smallest of the shapes that holds ``size``, or else its next multiples of 32."""
     fitting = [shape for shape in shapes if shape[0] >= size[0] and shape[1] >= size[1]]
     if fitting:
         return min(fitting, key=lambda shape: shape[0] * shape[1])
-    return _round_up(size[0]), _round_up(size[1])
+    return _round_up(size[0], padding), _round_up(size[1], padding)
 
 
 def fixed_shapes(data: DataConfig) -> tuple[Shape, ...]:
@@ -69,18 +74,21 @@ def fixed_shapes(data: DataConfig) -> tuple[Shape, ...]:
     ``data.image_shapes``, if there are any. Otherwise the shorter side at its largest, with the
     longer side in four equal steps up to its largest, upright and wide; and the square that holds
     both kinds together. For 800 and 1333 pixels these are 800 x 960, 1088, 1216 and 1344, their
-    upright forms and 1344 x 1344; pictures of 4:3 and of 3:2 fill theirs to 98 %.
+    upright forms and 1344 x 1344; pictures of 4:3 and of 3:2 fill theirs to 98 %. Where
+    ``data.padding`` is "beyond", they are larger accordingly: 832 x 960 and so on.
     """
     if data.image_shapes:
         return data.image_shapes
-    longest = _round_up(data.max_size)
-    shorter = min(_round_up(max(data.min_sizes)), longest)
+    longest = _round_up(data.max_size, data.padding)
+    shorter = min(_round_up(max(data.min_sizes), data.padding), longest)
     steps = range(1, _LENGTHS + 1)
-    lengths = [_round_up(shorter + (longest - shorter) * step // _LENGTHS) for step in steps]
+    lengths = [
+        _round_up(shorter + (longest - shorter) * step // _LENGTHS, "multiple") for step in steps
+    ]
     wide = [(shorter, length) for length in lengths]
     upright = [(length, shorter) for length in lengths]
     return tuple(dict.fromkeys([*wide, *upright, (longest, longest)]))
 
 
-def _round_up(pixels: int) -> int:
-    return -(-pixels // SIZE_DIVISOR) * SIZE_DIVISOR
+def _round_up(pixels: int, padding: Padding) -> int:
+    return -(-(pixels + (padding == "beyond")) // SIZE_DIVISOR) * SIZE_DIVISOR

@@ -15,12 +15,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fcos.config import DataConfig
+from fcos.data.opencv import resize_bilinear
 
-Rule = Literal["round", "truncate", "torchvision"]
+Rule = Literal["round", "truncate", "torchvision", "opencv"]
+Corners = Literal["edges", "pixels"]
 
 
-def train_transforms(config: DataConfig) -> v2.Compose:
+def train_transforms(config: DataConfig, corners: Corners = "edges") -> v2.Compose:
     """Resizes to one of `config.min_sizes`, augments and normalises.
+
+    Boxes end at edges, whatever `corners` is, that of the model: it decides how they are scaled.
 
     Call it with a tv_tensors.Image (uint8 [3, H, W]) and a target of tv_tensors, as any
     transform of torchvision's v2. All randomness is torch's CPU generator.
@@ -28,12 +32,12 @@ def train_transforms(config: DataConfig) -> v2.Compose:
     augment: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip_probability)]
     if config.photometric:
         augment.append(v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.4, hue=0.03))
-    return _pipeline(config, config.min_sizes, augment)
+    return _pipeline(config, config.min_sizes, augment, corners)
 
 
-def eval_transforms(config: DataConfig) -> v2.Compose:
+def eval_transforms(config: DataConfig, corners: Corners = "edges") -> v2.Compose:
     """Resizes to the last of `config.min_sizes` and normalises; nothing is random."""
-    return _pipeline(config, config.min_sizes[-1:], [])
+    return _pipeline(config, config.min_sizes[-1:], [], corners)
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Tensor:
@@ -67,12 +71,12 @@ def resized_size(
         shorter (int), longest (int): What the sides are to be.
         rule (str): "round" keeps the aspect ratio to half a pixel, "torchvision" rounds down.
             "truncate" is that of the original code: a shorter side that `longest` decides is
-            rounded, and the longer one, which follows from it, rounded down.
+            rounded, and the longer one, which follows from it, rounded down. "opencv" is "round".
     """
     if rule == "truncate":
         return _truncated_size(height, width, shorter, longest)
     scale = min(shorter / min(height, width), longest / max(height, width))
-    half = 0.5 if rule == "round" else 0.0
+    half = 0.0 if rule == "torchvision" else 0.5
     return max(1, int(height * scale + half)), max(1, int(width * scale + half))
 
 
@@ -94,14 +98,24 @@ class ResizeShorterSide(v2.Transform):
     Args:
         sizes (sequence of int): Shorter side in pixels; one is drawn each time.
         longest (int): Limit of the longer side in pixels.
-        rule (str): See `resized_size`. With "torchvision" nothing is antialiased.
+        rule (str): See `resized_size`. With "torchvision" nothing is antialiased; "opencv" is
+            `fcos.data.opencv.resize_bilinear`.
+        corners (str): "pixels": of boxes, the first and the last pixel are scaled, instead of
+            their edges. A box ends at an edge all the same: 1 behind the last pixel.
     """
 
-    def __init__(self, sizes: Sequence[int], longest: int, rule: Rule = "round") -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        longest: int,
+        rule: Rule = "round",
+        corners: Corners = "edges",
+    ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.longest = longest
         self.rule = rule
+        self.corners = corners
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         image = next(value for value in flat_inputs if isinstance(value, tv_tensors.Image))
@@ -111,7 +125,15 @@ class ResizeShorterSide(v2.Transform):
         return {"size": size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resize(inpt, params["size"], antialias=self.rule != "torchvision")
+        size = params["size"]
+        if self.rule == "opencv" and isinstance(inpt, tv_tensors.Image):
+            return tv_tensors.wrap(resize_bilinear(inpt.as_subclass(torch.Tensor), size), like=inpt)
+        resized = v2.functional.resize(inpt, size, antialias=self.rule != "torchvision")
+        if self.corners == "pixels" and isinstance(inpt, tv_tensors.BoundingBoxes):
+            height, width = inpt.canvas_size
+            ratio = torch.tensor([size[1] / width, size[0] / height], dtype=resized.dtype)
+            resized[:, 2:] += 1 - ratio  # (end - 1) ratio + 1
+        return resized
 
 
 class _Divide(v2.Transform):
@@ -127,9 +149,12 @@ class _Divide(v2.Transform):
 
 
 def _pipeline(
-    config: DataConfig, sizes: Sequence[int], augment: Sequence[v2.Transform]
+    config: DataConfig,
+    sizes: Sequence[int],
+    augment: Sequence[v2.Transform],
+    corners: Corners,
 ) -> v2.Compose:
-    resize = ResizeShorterSide(sizes, config.max_size, config.resize)
+    resize = ResizeShorterSide(sizes, config.max_size, config.resize, corners)
     if config.resize == "torchvision":
         return v2.Compose([*augment, *_normalize(config), resize, v2.ToPureTensor()])
     # First the size, so that the cost of the rest does not grow with that of the file.

@@ -71,6 +71,7 @@ def check_assign_targets() -> None:
         {"boundary": "half_open"},
         {"normalize": True},
         {"ties": "torchvision"},
+        {"corners": "pixels"},
     ]
     grid = fcos_ext.Grid(step=(9.0, 10.5), first=(3.0, 5.5), unit=8.0, reach=14.5)
     for change in ({"step": (8.0, 10.5)}, {"first": (3.0, 9.0)}, {"unit": 5.0}, {"reach": 9.0}):
@@ -139,6 +140,7 @@ def check_postprocess() -> None:
         {"score_threshold": 0.3},
         {"threshold_on": "final"},
         {"topk_candidates": 20},
+        {"topk_candidates": 20, "topk_by": "class"},
         {"iou_threshold": 0.1},
         {"max_detections": 9},
         {"class_agnostic": True},
@@ -146,6 +148,8 @@ def check_postprocess() -> None:
         {"locations": "torchvision"},
         {"keep_empty": True},
         {"overlaps": "torchvision"},
+        {"corners": "pixels"},
+        {"corners": "pixels", "overlaps": "edges"},
         {"centerness": False},
         {"anchors": True},
         {"anchors": True, "normalize_ltrb": False},
@@ -320,7 +324,7 @@ def check_fcos_loss() -> None:
     boxes = torch.cat([corner, corner + torch.rand(9, 2) * 50 + 10], dim=1)
     truth = fcos_ext.GroundTruth(boxes, torch.randint(5, (9,)), torch.tensor([0, 4, 9]))
     options = fcos_ext.FCOSLossOptions(
-        strides=(8, 16), size_ranges=((0, 32), (32, float("inf"))), quality="iou"
+        strides=(8, 16), size_ranges=((0, 32), (32, float("inf"))), quality="iou", iou_smooth=1.0
     )
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         parts = make_levels(dtype, dtype, dtype)

@@ -90,6 +90,16 @@ def test_pad_images_to_a_shape():
     assert padded.shape == (2, 3, 64, 96) and sizes.tolist() == [[33, 20], [10, 64]]
     assert torch.equal(padded[:, :, :64, :64], pad_images(images)[0]) and not padded[..., 64:].any()
     assert pad_images(images, shapes[3:])[0].shape == (2, 3, 64, 64)  # none is large enough
+    assert pad_images(images, shapes[3:], "beyond")[0].shape == (2, 3, 64, 96)
+
+
+def test_padding_beyond():
+    """(n | 31) + 1"""
+    for n in (1, 31, 32, 33, 800, 831, 832, 1333):
+        assert padded_size((n, n + 7), (), "beyond") == ((n | 31) + 1, (n + 7 | 31) + 1)
+    assert padded_size((800, 1333), (), "beyond") == (832, 1344)
+    batch = collate([sample(64, 32, 1)], padding="beyond")
+    assert batch.images.shape == (1, 3, 96, 64)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +114,14 @@ def test_pad_images_to_a_shape():
         ({"min_sizes": (640, 64), "max_size": 640}, [(640, 640)]),
         ({"min_sizes": (900,), "max_size": 512}, [(512, 512)]),
         ({"image_shapes": ((64, 96),)}, [(64, 96)]),
+        ({"image_shapes": ((64, 96),), "padding": "beyond"}, [(64, 96)]),
+        ({"min_sizes": (640, 64), "max_size": 640, "padding": "beyond"}, [(672, 672)]),
+        (
+            {"max_size": 1000, "padding": "beyond"},
+            [(832, w) for w in (896, 928, 992, 1024)]
+            + [(h, 832) for h in (896, 928, 992, 1024)]
+            + [(1024, 1024)],
+        ),
     ],
 )
 def test_fixed_shapes(settings, expected):
@@ -115,6 +133,7 @@ def test_fixed_shapes_hold_whatever_is_resized():
     for _ in range(300):
         sizes = random.integers(32, 900, random.integers(1, 4)).tolist()
         config = DataConfig(min_sizes=tuple(sizes), max_size=int(random.integers(32, 1400)))
+        config = replace(config, padding=str(random.choice(["multiple", "beyond"])))
         shapes = fixed_shapes(config)
         assert len(shapes) <= 9
         image = random.integers(1, 3000, 2).tolist()

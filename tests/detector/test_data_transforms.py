@@ -39,7 +39,7 @@ def extent(image):
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 @pytest.mark.parametrize("shorter", [37, 90, 101, 256])
 @pytest.mark.parametrize("size", [(101, 173), (173, 101), (90, 90)])
-@pytest.mark.parametrize("rule", ["round", "truncate", "torchvision"])
+@pytest.mark.parametrize("rule", ["round", "truncate", "torchvision", "opencv"])
 def test_boxes_follow_the_pixels(rule, size, shorter, flip):
     changes = {"flip_probability": flip, "resize": rule}
     config = DataConfig(**PLAIN | changes, min_sizes=(shorter,), max_size=300)
@@ -47,9 +47,24 @@ def test_boxes_follow_the_pixels(rule, size, shorter, flip):
     image, target = train_transforms(config)(image, target)
     assert tuple(image.shape[1:]) == resized_size(*size, shorter, 300, rule)
     # what is not antialiased loses up to half a pixel when it shrinks
-    tolerance = 0.5 if rule == "torchvision" and shorter < min(size) else 0.1
+    tolerance = 0.5 if rule in ("torchvision", "opencv") and shorter < min(size) else 0.1
     assert target["boxes"][0].tolist() == pytest.approx(extent(image), abs=tolerance)
     assert target["labels"].tolist() == [4]
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["truncate", "opencv"])
+def test_boxes_that_end_at_pixels(rule, flip):
+    """The last pixel is scaled, and mirrored at the last column of the picture."""
+    config = DataConfig(**PLAIN | {"flip_probability": flip, "resize": rule}, min_sizes=(202,))
+    image, target = rectangle(101, 173, (21, 30, 66, 70))
+    image, target = train_transforms(config, "pixels")(image, target)
+    height, width = image.shape[1:]
+    ratio = width / 173
+    x0, y0, x1, y1 = 21 * ratio, 30 * height / 101, 65 * ratio, 69 * height / 101
+    if flip:
+        x0, x1 = width - x1 - 1, width - x0 - 1
+    assert target["boxes"][0].tolist() == pytest.approx([x0, y0, x1 + 1, y1 + 1], abs=1e-4)
 
 
 def test_boxes_scale_by_the_true_ratio():

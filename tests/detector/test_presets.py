@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -80,5 +81,101 @@ def test_dialects_read_pictures_as_caffe_did() -> None:
 def test_mmdet_is_the_original_but_for_its_own_choices() -> None:
     a, b = PRESETS["original"](), PRESETS["mmdet"]()
     differ = {name for name in vars(a.model) if getattr(a.model, name) != getattr(b.model, name)}
-    assert differ == {"tower_bias", "batch_norm_eps"}
+    assert differ == {"tower_bias", "batch_norm_eps", "corners"}
     assert a.data == replace(b.data, resize="truncate") and b.postprocess.score == "product"
+
+
+IMAGENET, CAFFE = (103.53, 116.28, 123.675), (102.9801, 115.9465, 122.7717)
+RGB = (0.485, 0.456, 0.406)
+#: What differs between the checkpoints of the code bases, row by row.
+ROWS: dict[str, dict[str, Any]] = {
+    "original": {
+        "model": ("exp", False, True, "cls", True, "half_stride", "1x1", 0.0, "inclusive", 0.0),
+        "ends": ("pixels", "exact", "before_nms", False),
+        "loss": ("iou", 1.0, "centerness", "all_reduced"),
+        "post": (0.05, "class", "sqrt", "final", 0.6),
+        "data": ("bgr", 255, CAFFE, "truncate", "multiple"),
+    },
+    "original-imprv": {
+        "model": ("relu", True, True, "box", True, "half_stride", "1x1", 0.0, "inclusive", 1.5),
+        "ends": ("pixels", "exact", "before_nms", False),
+        "loss": ("giou", 1.0, "centerness", "all_reduced"),
+        "post": (0.05, "class", "sqrt", "final", 0.6),
+        "data": ("bgr", 255, CAFFE, "truncate", "multiple"),
+    },
+    "adelaidet": {
+        "model": ("relu", True, True, "box", True, "half_stride", "1x1", 1e-5, "inclusive", 1.5),
+        "ends": ("edges", "exact", "after_nms", True),
+        "loss": ("giou", 1.0, "centerness", "all_reduced"),
+        "post": (0.05, "class", "sqrt", "final", 0.6),
+        "data": ("bgr", 255, IMAGENET, "round", "multiple"),
+    },
+    "detectron2": {
+        "model": ("relu", True, False, "box", True, "half_stride", "1x1", 1e-5, "strict", 1.5),
+        "ends": ("edges", "exact", "after_nms", True),
+        "loss": ("giou", 0.0, "none", "moving"),
+        "post": (0.2, "final", "sqrt", "final", 0.6),
+        "data": ("bgr", 255, IMAGENET, "round", "multiple"),
+    },
+    "torchvision": {
+        "model": ("relu", True, False, "box", True, "torchvision", "3x3", 1e-5, "strict", 1.5),
+        "ends": ("edges", "torchvision", "before_nms", True),
+        "loss": ("giou", 0.0, "none", "local"),
+        "post": (0.2, "final", "sqrt", "final", 0.6),
+        "data": ("rgb", 1, RGB, "torchvision", "multiple"),
+    },
+    "mmdet": {
+        "model": ("exp", False, True, "cls", False, "half_stride", "1x1", 1e-5, "inclusive", 0.0),
+        "ends": ("edges", "exact", "before_nms", False),
+        "loss": ("iou", 0.0, "centerness", "all_reduced"),
+        "post": (0.05, "class", "product", "class", 0.5),
+        "data": ("bgr", 255, CAFFE, "opencv", "multiple"),
+    },
+    "mmdet-tricks": {
+        "model": ("relu", True, True, "box", True, "half_stride", "1x1", 1e-5, "inclusive", 1.5),
+        "ends": ("edges", "exact", "before_nms", False),
+        "loss": ("giou", 0.0, "centerness", "all_reduced"),
+        "post": (0.05, "class", "product", "class", 0.6),
+        "data": ("bgr", 255, IMAGENET, "opencv", "multiple"),
+    },
+}
+ROWS["adelaidet-rt"] = ROWS["adelaidet"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_dialects_have_the_rows_of_their_table(name: str) -> None:
+    config = PRESETS[name]()
+    model, loss, post, data = config.model, config.loss, config.postprocess, config.data
+    assert {
+        "model": (
+            model.activation,
+            model.normalize_ltrb,
+            model.trainable_scales,
+            model.centerness_branch,
+            model.tower_bias,
+            model.locations,
+            model.stride_in,
+            model.batch_norm_eps,
+            model.boundary,
+            model.center_sampling_radius,
+        ),
+        "ends": (model.corners, post.overlaps, post.clip, post.keep_empty),
+        "loss": (loss.box_loss, loss.iou_smooth, loss.box_weights, loss.normalizer),
+        "post": (
+            post.score_threshold,
+            post.threshold_on,
+            post.score,
+            post.topk_by,
+            post.iou_threshold,
+        ),
+        "data": (data.color_order, data.pixel_range, data.mean, data.resize, data.padding),
+    } == ROWS[name]
+    # the same in all of them
+    assert (loss.quality, model.p6_source, model.tower_norm) == ("centerness", "p5", "group")
+    assert (post.topk_candidates, post.max_detections) == (1000, 100)
+    assert (loss.focal_alpha, loss.focal_gamma, model.prior_probability) == (0.25, 2.0, 0.01)
+    assert model.ties == ("torchvision" if model.boundary == "strict" else "exact")
+    assert model.size_ranges[-1][1] == math.inf and model.size_ranges[0] == (0, 64)
+    assert data.std == ((0.229, 0.224, 0.225) if name == "torchvision" else (1, 1, 1))
+    levels = 3 if name == "adelaidet-rt" else 5
+    assert len(model.strides) == len(model.size_ranges) == levels

@@ -44,6 +44,7 @@ class Case:
     normalize: bool = False
     padded: bool = False
     ties: str = "exact"
+    corners: str = "edges"
     integers: torch.dtype = torch.int64
     """dtype of labels and of offsets or counts."""
     padding: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
@@ -85,6 +86,7 @@ class Case:
             RULES.index(self.boundary),
             self.normalize,
             TIES.index(self.ties),
+            self.corners == "pixels",
         )
 
     def options(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Case:
             "boundary": self.boundary,
             "normalize": self.normalize,
             "ties": self.ties,
+            "corners": self.corners,
         }
 
 
@@ -126,7 +129,8 @@ def assign_image(case: Case, boxes: np.ndarray, first_row: int) -> tuple[np.ndar
     f32 = np.float32
     levels = []
     x0, y0, x1, y1 = boxes.T[:, None, :]  # each [1, M]
-    area = (x1 - x0) * (y1 - y0)
+    end = f32(case.corners == "pixels")
+    area = (x1 - x0 + end) * (y1 - y0 + end)
     # The greatest 1e8 - area that is above 0 wins, for torchvision.
     cost = area if case.ties == "exact" else -(f32(1e8) - area)
     for (height, width), stride, (low, high) in zip(
@@ -205,6 +209,7 @@ def random_case(rng: random.Random) -> Case:
         integers=rng.choice([torch.int32, torch.int64]),
         padding=np.zeros((rng.choice([0, 0, 3]), 4), np.float32),
         ties=rng.choice(TIES),
+        corners=rng.choice(["edges", "pixels"]),
     )
 
 

@@ -94,6 +94,7 @@ def test_reference_has_the_same_signature() -> None:
         ({"center_sampling_radius": math.nan}, ValueError, "center_sampling_radius must .* nan"),
         ({"boundary": "open"}, ValueError, "boundary must be one of .*'half_open'.*, got 'open'"),
         ({"ties": "first"}, ValueError, r"ties must be one of \('exact', .*\), got 'first'"),
+        ({"corners": 1}, ValueError, r"corners must be one of .'edges', 'pixels'.*, got 1"),
         ({"strides": [GRID._replace(step=(8, 0))]}, ValueError, "Grid must have .* at level 0"),
         ({"strides": [GRID._replace(step=(INF, 8))]}, ValueError, "Grid must have finite steps"),
         ({"strides": [GRID._replace(first=(0, -INF))]}, ValueError, "Grid must .* finite firsts"),
@@ -129,6 +130,7 @@ ARGUMENTS: dict[str, Any] = {
     "boundary": 0,
     "normalize": False,
     "ties": 0,
+    "pixels": False,
 }
 
 

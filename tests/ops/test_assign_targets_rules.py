@@ -250,6 +250,17 @@ def test_ties_are_of_float32_areas() -> None:
     assert assign([[square, smaller]], **options).matched.item() == 1
 
 
+def test_ends_of_boxes() -> None:
+    # 34 * 34 > 112 * 10, but 35 * 35 < 113 * 11
+    boxes, options = [[0, 0, 34, 34], [-40, 9, 72, 19]], {**ONE_LEVEL, "feature_sizes": [(2, 2)]}
+    exclusive, inclusive = (
+        assign([boxes], **options, corners=ends) for ends in ("edges", "pixels")
+    )
+    assert exclusive.matched[0].tolist() == [0, 0, 1, 1]
+    assert inclusive.matched[0].tolist() == [0] * 4
+    assert inclusive.ltrb[0, 3].tolist() == [12, 12, 22, 22]
+
+
 def test_images_do_not_mix() -> None:
     box = [0, 0, 32.0, 32]
     targets = assign([[box], [], [[8, 8, 24, 24.0], box], []], **ONE_LEVEL)

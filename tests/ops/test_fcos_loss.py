@@ -33,6 +33,7 @@ OPTIONS = [
     make_options(box_loss="iou", normalize_ltrb=False, boundary="half_open", alpha=0.4),
     make_options(box_loss="linear_iou", box_weights="none", center_sampling_radius=0.0),
     make_options(quality="iou", box_loss="diou", gamma=1.5),
+    make_options(quality="iou", box_loss="iou", iou_smooth=1.0),
     make_options(quality="iou", box_weights="none", box_loss="ciou", alpha=-1, boundary="strict"),
 ]
 SHARES = (1.5, 0.75, -0.25)

@@ -62,6 +62,8 @@ def with_empty_boxes(call: Call) -> Call:
         {"locations": "torchvision"},
         {"original": False},
         {"keep_empty": True},
+        {"corners": "pixels"},
+        {"corners": "pixels", "clip": False, "overlaps": "edges"},
         {"with_centerness": False},
         {"with_centerness": False, "score": "product", "threshold_on": "final"},
         {"strides": (8, Grid((15.0, 17.5), (3.0, 5.5), 12.0), 32)},
@@ -108,10 +110,11 @@ def test_dtypes(backend: str, dtype: torch.dtype, layout: str, threshold_on: Any
     assert_same(run_on(backend, mixed), mixed.of(postprocess_ref))
 
 
+@pytest.mark.parametrize("topk_by", ["final", "class"])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("topk", [1, 40, 1000, 3000])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_many_candidates(backend: str, topk: int, ties: bool) -> None:
+def test_many_candidates(backend: str, topk: int, ties: bool, topk_by: Any) -> None:
     """More than the buffer of the CUDA kernels holds, in the simulator and on a GPU."""
     large = backend == "cuda"
     call = make_call(
@@ -120,6 +123,7 @@ def test_many_candidates(backend: str, topk: int, ties: bool) -> None:
         mean=1.0,
         ties=ties,
         topk_candidates=topk,
+        topk_by=topk_by,
         score_threshold=0.0,
         max_detections=300,
     )

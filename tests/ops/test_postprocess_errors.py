@@ -29,6 +29,8 @@ GRID = Grid(step=(8, 8), first=(0, 0), unit=8)
         ({"delta_weights": (1.0,) * 3}, "delta_weights must be 4 numbers above 0, got"),
         ({"delta_limit": float("nan")}, "delta_limit must be above -inf, got nan"),
         ({"overlaps": "moved"}, "overlaps must be one of .*, got 'moved'"),
+        ({"topk_by": "score"}, r"topk_by must be one of \('final', 'class'\), got 'score'"),
+        ({"corners": "+1"}, r"corners must be one of .*, got '\+1'"),
         ({"score": "root"}, r"score must be one of \('sqrt', 'product'\), got 'root'"),
         ({"threshold_on": "box"}, "threshold_on must be one of .*, got 'box'"),
         ({"locations": "corner"}, "locations must be one of .*, got 'corner'"),

@@ -40,7 +40,7 @@ def test_equals_reference(backend: str, part: int) -> None:
         assert_same(run_on(backend, call, seed), expected)
         found += int(expected.counts.sum())
         dropped += int(expected.dropped.sum())
-    assert found > 5 * CASES and dropped > CASES
+    assert found > 5 * CASES and dropped > CASES / 2
 
 
 # ---- torchvision --------------------------------------------------------------------------------
