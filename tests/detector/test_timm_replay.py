@@ -229,3 +229,37 @@ def test_hrnet_and_its_pyramid() -> None:
     compare(list(network.backbone(pictures).values()), levels)
     sizes = [tuple(level.shape[-2:]) for level in levels]
     assert sizes == [(16, 20), (8, 10), (4, 5), (2, 3), (1, 1)]
+
+
+@torch.no_grad()
+def test_rosinality_from_pixels_to_predictions() -> None:
+    """P6 from C5, towers without bias, centerness on the first, exp of a scaled distance."""
+    layout = Layout("rosinality", other="V-57", bias=False, c5=True, **SMALL)
+    checkpoint = build(layout, Random(seed=0))
+    checkpoint.state["head.bbox_pred.weight"] *= 0.1
+    result = convert_weights(ForeignFile(checkpoint.state, ()), Path("any.pth"))
+    network = FCOS(result.config.model, pretrained_backbone=False)
+    network.load_state_dict(result.state)
+    found = network.double().eval()(images(128, 192))
+
+    replay = VoVNet(checkpoint, "backbone.", VOVNETS["V-57"])
+    c3, c4, c5 = replay(images(128, 192))
+    inner = [replay.conv(c, f"fpn.inner_convs.{i}") for i, c in ((2, c3), (3, c4), (4, c5))]
+    for i in (1, 0):
+        inner[i] = inner[i] + F.interpolate(inner[i + 1], scale_factor=2, mode="nearest")
+    levels = [replay.conv(x, f"fpn.out_convs.{i + 2}") for i, x in enumerate(inner)]
+    levels.append(replay.conv(c5, "fpn.top_blocks.p6", 2))
+    levels.append(replay.conv(levels[-1].relu(), "fpn.top_blocks.p7", 2))
+
+    def tower(x: Tensor, name: str) -> Tensor:
+        x = replay.conv(x, f"head.{name}.0")
+        weight, bias = (replay.state[f"head.{name}.1.{part}"] for part in ("weight", "bias"))
+        return F.group_norm(x, 32, weight, bias, 1e-5).relu()
+
+    for i, level in enumerate(levels):
+        cls, box = tower(level, "cls_tower"), tower(level, "bbox_tower")
+        distances = replay.conv(box, "head.bbox_pred") * replay.state[f"head.scales.{i}.scale"]
+        compare([found.logits[i]], [replay.conv(cls, "head.cls_pred")])
+        compare([found.centerness[i]], [replay.conv(cls, "head.center_pred")])
+        # float32, always
+        torch.testing.assert_close(found.ltrb[i].double(), distances.exp(), rtol=1e-5, atol=0)
