@@ -80,7 +80,8 @@ def adelaidet_iou() -> Config:
     Published: 39.4 AP on COCO val2017 with R_50_1x_iou (MS_R_50_2x 41.5, MS_R_101_2x 43.5,
     MS_X_101_32x8d_2x 44.5, with deformable convolutions 47.4).
     """
-    return replace(adelaidet(), loss=LossConfig(quality="iou", box_weights="none"))
+    config = adelaidet()
+    return replace(config, loss=replace(config.loss, quality="iou", box_weights="none"))
 
 
 def adelaidet_rt() -> Config:
@@ -160,7 +161,9 @@ def rosinality() -> Config:
     """rosinality/fcos-pytorch: VoVNet-57, P6 from C5, exp of pixels, center sampling, GIoU.
 
     It publishes neither weights nor AP. The numbers that it normalises RGB with are those of BGR.
-    Its SGD has Nesterov's momentum, which is not here.
+    Boxes end at their last pixels, but its NMS compares them as if those were edges. For training,
+    it adds the images of a batch to the number of positives that losses are divided by, and its SGD
+    has Nesterov's momentum: both are not here.
     """
     model = ModelConfig(
         backbone="vovnet57",
@@ -170,10 +173,12 @@ def rosinality() -> Config:
         activation="exp",
         normalize_ltrb=False,
         centerness_branch="cls",
+        corners="pixels",
     )
     data = DataConfig(
         min_sizes=tuple(range(640, 801)),
         resize="truncate",
+        padding="beyond",
         mean=(0.40789654, 0.44719302, 0.47026115),
         std=(0.28863828, 0.27408164, 0.27809835),
     )
@@ -183,7 +188,9 @@ def rosinality() -> Config:
         milestones=(16 / 24, 22 / 24),
         clip_gradient_norm=10.0,
     )
-    return Config(model=model, loss=LossConfig(normalizer="local"), data=data, train=train)
+    loss = LossConfig(normalizer="local", iou_smooth=1.0)
+    post = PostprocessConfig(overlaps="edges", keep_empty=True)
+    return Config(model=model, loss=loss, postprocess=post, data=data, train=train)
 
 
 def _bgr(mean: Colors) -> DataConfig:

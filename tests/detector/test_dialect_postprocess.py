@@ -49,14 +49,6 @@ def make_predictions(config: Config, seed: int) -> Predictions:
     )
 
 
-def config_of(name: str) -> Config:
-    if name == "rosinality" and name not in PRESETS:
-        config = PRESETS["original"]()
-        post = replace(config.postprocess, overlaps="edges", keep_empty=True)
-        return replace(config, postprocess=post)
-    return PRESETS[name]()
-
-
 def run(config: Config, predictions: Predictions, **changes: Any) -> PaddedDetections:
     post = replace(
         config.postprocess, **({"topk_candidates": TOPK, "max_detections": KEEP} | changes)
@@ -68,7 +60,7 @@ def run(config: Config, predictions: Predictions, **changes: Any) -> PaddedDetec
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", REPLAYS)
 def test_replay(name: str, seed: int) -> None:
-    config = config_of(name)
+    config = PRESETS[name]()
     predictions = make_predictions(config, seed)
     ours = run(config, predictions)
     for image in range(len(IMAGES)):
@@ -102,7 +94,7 @@ def test_replay(name: str, seed: int) -> None:
 )
 def test_each_switch_matters(name: str, section: str, field: str, value: Any) -> None:
     """Else a replay would prove nothing about it."""
-    config = config_of(name)
+    config = PRESETS[name]()
     assert getattr(getattr(config, section), field) != value
     changed = replace(config, **{section: replace(getattr(config, section), **{field: value})})
     predictions = [make_predictions(config, seed) for seed in SEEDS]
