@@ -2,6 +2,9 @@
 
     python -m benchmarks.bench_padded_batched_nms [--quick] [--device cuda] [--output FILE]
 
+Boxes are random, or "from a model": the 2,000 best candidates for each of four crowded images, in
+three classes; see ``candidates``.
+
 Compared are a loop of torchvision's ``batched_nms`` over the images, cut off at 100, and our
 reference in eager mode.
 """
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision.ops
@@ -18,27 +21,41 @@ from torch import Tensor
 
 from fcos_ext import padded_batched_nms, padded_batched_nms_ref
 
-from . import shapes
+from . import candidates, shapes
 from .harness import OURS, Case, Results, main
 
 OP = "padded_batched_nms"
 IOU_THRESHOLD, MAX_DETECTIONS = 0.6, 100
 BATCHES = (1, 2, 4, 8, 16, 32)
+#: Images and candidates of each.
+FROM_MODEL = (4, 2000)
 
 
 def make_candidates(
-    images: int, candidates: int, generator: torch.Generator
+    images: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes [N, K, 4] of sides 10 to 210 in an image, scores and labels [N, K]."""
     height, width = shapes.IMAGE_SIZE
-    corner = torch.rand(images, candidates, 2, generator=generator)
+    corner = torch.rand(images, count, 2, generator=generator)
     corner *= torch.tensor([width, height])
-    sides = torch.rand(images, candidates, 2, generator=generator) * 200 + 10
+    sides = torch.rand(images, count, 2, generator=generator) * 200 + 10
     # No two of an image are equal: torchvision leaves their order open.
-    order = torch.rand(images, candidates, generator=generator).argsort(dim=1)
-    scores = (order + 0.5) / candidates
-    labels = torch.randint(shapes.NUM_CLASSES, (images, candidates), generator=generator)
+    order = torch.rand(images, count, generator=generator).argsort(dim=1)
+    scores = (order + 0.5) / count
+    labels = torch.randint(shapes.NUM_CLASSES, (images, count), generator=generator)
     return torch.cat([corner, corner + sides], dim=-1), scores, labels
+
+
+def candidates_of_model(
+    images: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its best, shuffled, and moved within their pixel: no overlap is at the threshold then."""
+    found = candidates.load()
+    order = torch.rand(images, count, generator=generator).argsort(dim=1)
+    boxes = found.boxes[:images].gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
+    boxes += torch.rand(boxes.shape, generator=generator)
+    # Ranks in place of scores, some of which are equal in half precision.
+    return boxes, (count - order) / count, found.labels[:images].gather(1, order)
 
 
 def ours(boxes: Tensor, scores: Tensor, labels: Tensor) -> Results:
@@ -62,15 +79,25 @@ def torchvision_loop(boxes: Tensor, scores: Tensor, labels: Tensor) -> Results:
 def cases(device: torch.device, quick: bool = False) -> Sequence[Case]:
     threads = [None] if device.type == "cuda" else [1] if quick else [1, 2]
     sizes = [(2, 100)] if quick else list(itertools.product(BATCHES, [1000, 5000]))
-    return [make_case(device, *size, number) for number, size in itertools.product(threads, sizes)]
+    lines = [(*size, make_candidates) for size in sizes]
+    lines.append((*((2, 200) if quick else FROM_MODEL), candidates_of_model))
+    return [make_case(device, *line, number) for number, line in itertools.product(threads, lines)]
 
 
-def make_case(device: torch.device, images: int, candidates: int, threads: int | None) -> Case:
+def make_case(
+    device: torch.device,
+    images: int,
+    count: int,
+    make: Callable[[int, int, torch.Generator], tuple[Tensor, ...]],
+    threads: int | None,
+) -> Case:
     def make_inputs(seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
-        return tuple(x.to(device) for x in make_candidates(images, candidates, generator))
+        return tuple(x.to(device) for x in make(images, count, generator))
 
-    settings: dict[str, object] = {"mode": "forward", "shape": [images, candidates]}
+    settings: dict[str, object] = {"mode": "forward", "shape": [images, count]}
+    if make is candidates_of_model:
+        settings["boxes"] = "from a model"
     settings |= {"dtype": "float32"}
     if threads is not None:
         settings["threads"] = threads
@@ -86,7 +113,7 @@ def make_case(device: torch.device, images: int, candidates: int, threads: int |
         reference=lambda *args: tuple(x.double() for x in reference(*args)),
         tolerance=0,
         # Scores and labels are read, boxes of those that are looked at, and indices written.
-        bytes_moved=images * (candidates * 12 + MAX_DETECTIONS * 24 + 8),
+        bytes_moved=images * (count * 12 + MAX_DETECTIONS * 24 + 8),
     )
 
 

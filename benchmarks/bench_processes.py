@@ -137,18 +137,18 @@ class Group:
     def __init__(self, processes: int) -> None:
         context: Any = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([work.__module__])  # torch is imported once for all
-        self._folder = tempfile.TemporaryDirectory(prefix="processes-")
+        folder = tempfile.TemporaryDirectory(prefix="processes-")
         self._pipes: list[Connection] = []
         children = []
         for rank in range(processes):
             here, there = context.Pipe()
-            arguments = (rank, processes, self._folder.name, there)
+            arguments = (rank, processes, folder.name, there)
             child = context.Process(target=work, args=arguments, daemon=True)
             child.start()
             there.close()  # so that the end of the child is the end of the pipe
             self._pipes.append(here)
             children.append(child)
-        weakref.finalize(self, _end, self._pipes, children)
+        weakref.finalize(self, _end, self._pipes, children, folder)
 
     def step(self, *order: Any) -> list[tuple[Tensor, Tensor]]:
         """Change of the weights (where asked for) and losses, by rank."""
@@ -158,12 +158,15 @@ class Group:
 
 
 def _end(
-    pipes: Sequence[Connection], children: Sequence[multiprocessing.process.BaseProcess]
+    pipes: Sequence[Connection],
+    children: Sequence[multiprocessing.process.BaseProcess],
+    folder: tempfile.TemporaryDirectory[str],
 ) -> None:
     for pipe in pipes:
         pipe.close()
     for child in children:
         child.join(timeout=10)
+    folder.cleanup()
 
 
 # ---- in each of them ----------------------------------------------------------------------------

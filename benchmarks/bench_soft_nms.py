@@ -2,6 +2,8 @@
 
     python -m benchmarks.bench_soft_nms [--quick] [--device cuda] [--output FILE]
 
+Boxes are random, or "from a model", see ``bench_padded_batched_nms``.
+
 Compared is our reference in eager mode: torchvision has no such function.
 """
 
@@ -17,7 +19,12 @@ from torch import Tensor
 from fcos_ext import padded_soft_nms, padded_soft_nms_ref
 from fcos_ext.soft_nms import Method
 
-from .bench_padded_batched_nms import MAX_DETECTIONS, make_candidates
+from .bench_padded_batched_nms import (
+    FROM_MODEL,
+    MAX_DETECTIONS,
+    candidates_of_model,
+    make_candidates,
+)
 from .harness import OURS, Case, Results, main
 
 OP = "soft_nms"
@@ -34,21 +41,30 @@ def with_method(function: Callable[..., Results], method: Method) -> Callable[..
 def cases(device: torch.device, quick: bool = False) -> Sequence[Case]:
     threads = [None] if device.type == "cuda" else [1] if quick else [1, 2]
     sizes = [(2, 150)] if quick else [(1, 1000), (1, 5000), (16, 1000)]
+    lines = [(*size, make_candidates) for size in sizes]
+    lines.append((*((2, 200) if quick else FROM_MODEL), candidates_of_model))
     return [
-        make_case(device, method, *size, number)
-        for number, size, method in itertools.product(threads, sizes, METHODS)
+        make_case(device, method, *line, number)
+        for number, line, method in itertools.product(threads, lines, METHODS)
     ]
 
 
 def make_case(
-    device: torch.device, method: Method, images: int, candidates: int, threads: int | None
+    device: torch.device,
+    method: Method,
+    images: int,
+    count: int,
+    make: Callable[[int, int, torch.Generator], tuple[Tensor, ...]],
+    threads: int | None,
 ) -> Case:
     def make_inputs(seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
-        return tuple(x.to(device) for x in make_candidates(images, candidates, generator))
+        return tuple(x.to(device) for x in make(images, count, generator))
 
     reference = with_method(padded_soft_nms_ref, method)
-    settings: dict[str, object] = {"mode": method, "shape": [images, candidates]}
+    settings: dict[str, object] = {"mode": method, "shape": [images, count]}
+    if make is candidates_of_model:
+        settings["boxes"] = "from a model"
     settings |= {"dtype": "float32"}
     if threads is not None:
         settings["threads"] = threads
@@ -61,7 +77,7 @@ def make_case(
         # gaussian: the last bits of exp; a change of order would be far above it
         tolerance=0 if method == "linear" else 1e-6,
         # Each selection reads the boxes, labels and scores that are left, and writes the scores.
-        bytes_moved=images * MAX_DETECTIONS * (candidates * 32 + 12),
+        bytes_moved=images * MAX_DETECTIONS * (count * 32 + 12),
     )
 
 

@@ -16,7 +16,9 @@ from benchmarks import (
     bench_data_loading,
     bench_evaluation,
     bench_nms,
+    bench_padded_batched_nms,
     bench_processes,
+    bench_soft_nms,
     candidates,
 )
 from benchmarks.harness import OURS, main, verify
@@ -164,6 +166,17 @@ def test_committed_candidates() -> None:
 def test_cases_from_a_model() -> None:
     cases = [c for c in bench_nms.cases(CPU) if c.settings["boxes"] == bench_nms.FROM_MODEL]
     assert {c.settings["groups"] for c in cases} == {1, 3}
+    for case in cases:
+        if case.settings["threads"] == 1:
+            for name in case.providers:
+                assert "refused" not in verify(case, name, case.make_inputs(3)), (case.name, name)
+
+
+@pytest.mark.parametrize("module", [bench_padded_batched_nms, bench_soft_nms])
+@pytest.mark.parametrize("quick", [False, True])
+def test_padded_cases_from_a_model(module: Any, quick: bool) -> None:
+    cases = [c for c in module.cases(CPU, quick) if c.settings.get("boxes") == bench_nms.FROM_MODEL]
+    assert cases
     for case in cases:
         if case.settings["threads"] == 1:
             for name in case.providers:
