@@ -74,6 +74,8 @@ class Effort:
     rounds: int
     sample_seconds: float
     """A provider is called for about this long each time it has its turn."""
+    limit_seconds: float = 40.0
+    """After so long a case has no further round, unless it had fewer than five."""
 
 
 FULL = Effort(rounds=15, sample_seconds=0.1)
@@ -169,7 +171,10 @@ def _sample(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(effort.rounds):
+        start = time.perf_counter()
+        for done in range(effort.rounds):
+            if done >= 5 and time.perf_counter() - start > effort.limit_seconds:
+                break
             shuffle(order)
             for name in order:
                 samples[name].append(_seconds(case, name, inputs, calls[name]))
