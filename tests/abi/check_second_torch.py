@@ -83,12 +83,14 @@ def check_assign_targets() -> None:
             changes.append({"feature_sizes": [*sizes[:i], size, *sizes[i + 1 :]]})
         for ends in ((ranges[i][0] + 25.5, ranges[i][1]), (ranges[i][0], ranges[i][0] + 12.25)):
             changes.append({"size_ranges": [*ranges[:i], ends, *ranges[i + 1 :]]})
-    # of sizes that make each change show; by themselves, one on the border between two levels, and
-    # two whose areas are so close that they are a tie for torchvision
+    # of sizes that make each change show; by themselves, one on the border between two levels, two
+    # whose areas are so close that they are a tie for torchvision, and two whose areas are in
+    # another order where they end at pixels
     corner = torch.stack([torch.randint(20, (60,)), torch.randint(50, (60,))], dim=1).mul(4.0)
     boxes = torch.cat([corner, corner + 2.0 ** torch.randint(4, 8, (60, 2))], dim=1)
     boxes[0] = torch.tensor([212.0, 100.0, 276.0, 164.0])
     boxes[1:3] = torch.tensor([[220.0, 8.0, 250.0, 40.0], [220.0, 8.0, 250.0, 39.96]])
+    boxes[3:5] = torch.tensor([[109.0, 125.0, 123.0, 139.0], [92.0, 130.0, 140.0, 134.0]])
     labels = torch.randint(80, (60,))
     packed = {"boxes": boxes, "labels": labels, "offsets": torch.tensor([0, 41, 41, 60])}
     padded = {"boxes": boxes.view(3, 20, 4), "labels": labels.view(3, 20).int()}
