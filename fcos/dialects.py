@@ -89,7 +89,8 @@ def adelaidet_rt() -> Config:
 
     Published: 40.2 AP on COCO val2017 with R-50 after 360,000 iterations, 39.3 with batch norm in
     the head; with DLA-34 (``--model.backbone dla34 --model.stride-in 3x3 --model.frozen-stages 0``)
-    40.3 and 39.4, and 39.1 and 38.9 with shared towers.
+    40.3 and 39.4, and 39.1 and 38.9 with shared towers. In their training the longer side could be
+    900 pixels.
     """
     config = adelaidet()
     model = replace(

@@ -79,6 +79,7 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ("normalize_ltrb", True),
         ("centerness_branch", "box"),
         ("locations", "half_stride"),
+        ("corners", "edges"),
         ("trainable_scales", False),
         ("tower_bias", True),
         ("tower_deformable", False),

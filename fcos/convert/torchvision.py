@@ -105,6 +105,7 @@ def from_ours(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ("centerness_branch", "box"),
         ("trainable_scales", False),
         ("locations", "torchvision"),
+        ("corners", "edges"),
         ("strides", (8, 16, 32, 64, 128)),
         ("p6_source", "p5"),
         ("stride_in", "3x3"),

@@ -215,6 +215,7 @@ REPLAYS: dict[str, Replay] = {
     "original": original,
     "original-imprv": original_imprv,
     "adelaidet": adelaidet,
+    "adelaidet-iou": adelaidet,
     "adelaidet-rt": adelaidet,
     "detectron2": detectron2,
     "torchvision": torchvision,

@@ -139,7 +139,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "data": ("bgr", 255, IMAGENET, "opencv", "multiple"),
     },
 }
+ROWS["rosinality"] = {
+    "model": ("exp", False, True, "cls", False, "half_stride", "3x3", 1e-5, "inclusive", 1.5),
+    "ends": ("pixels", "edges", "before_nms", True),
+    "loss": ("giou", 1.0, "centerness", "local"),
+    "post": (0.05, "class", "sqrt", "final", 0.6),
+    "data": ("rgb", 1, (0.40789654, 0.44719302, 0.47026115), "truncate", "beyond"),
+}
 ROWS["adelaidet-rt"] = ROWS["adelaidet"]
+ROWS["adelaidet-iou"] = ROWS["adelaidet"] | {"loss": ("giou", 1.0, "none", "all_reduced")}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -171,11 +179,17 @@ def test_dialects_have_the_rows_of_their_table(name: str) -> None:
         "data": (data.color_order, data.pixel_range, data.mean, data.resize, data.padding),
     } == ROWS[name]
     # the same in all of them
-    assert (loss.quality, model.p6_source, model.tower_norm) == ("centerness", "p5", "group")
+    assert loss.quality == ("iou" if name == "adelaidet-iou" else "centerness")
+    assert model.p6_source == ("c5" if name == "rosinality" else "p5")
+    assert model.tower_norm == "group"
     assert (post.topk_candidates, post.max_detections) == (1000, 100)
     assert (loss.focal_alpha, loss.focal_gamma, model.prior_probability) == (0.25, 2.0, 0.01)
     assert model.ties == ("torchvision" if model.boundary == "strict" else "exact")
     assert model.size_ranges[-1][1] == math.inf and model.size_ranges[0] == (0, 64)
-    assert data.std == ((0.229, 0.224, 0.225) if name == "torchvision" else (1, 1, 1))
+    stds = {
+        "torchvision": (0.229, 0.224, 0.225),
+        "rosinality": (0.28863828, 0.27408164, 0.27809835),
+    }
+    assert data.std == stds.get(name, (1, 1, 1))
     levels = 3 if name == "adelaidet-rt" else 5
     assert len(model.strides) == len(model.size_ranges) == levels
