@@ -92,10 +92,16 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short hash, with a + if files differ from it; empty outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Short hash, with a + if sources differ from it; empty outside a checkout."""
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/csrc")
     except OSError:
         return ""
+    return commit + "+" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     return done.stdout.strip()
