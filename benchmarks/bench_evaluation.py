@@ -76,6 +76,7 @@ def make_case(images: int) -> Case:
         make_inputs=lambda seed: (),
         providers={OURS: provider(ours), "pycocotools": provider(pycocotools)},
         reference=provider(pycocotools),
+        environment=f"{VARIABLE}=instances_val2017.json" if VARIABLE in os.environ else "",
         tolerance=0.0,
     )
 

@@ -10,6 +10,8 @@ With ``--check`` nothing is written; the exit code is 1 if something is out of d
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -137,7 +139,8 @@ def page(figures: Figures) -> str:
         "",
         "## Where the figures come from",
         "",
-        "Each row of the JSON holds the command that measures it again. All rows of a file:",
+        "Each row of the JSON holds the command that measures it again. All rows of a file (with",
+        "`FCOS_COCO_BOXES=instances_val2017.json` those of COCO's boxes, too):",
         "",
         "| results | measured on | command |",
         "|---|---|---|",
@@ -152,8 +155,9 @@ def _losses(figures: Figures) -> list[str]:
     lines = []
     for row in figures.all_rows():
         ratio = row.get("ratio_to_ours", 1)
-        if ratio < 1 and not row["provider"].startswith((OURS, _PART)):
-            name = row["command"].partition("--only ")[2].strip("'") if "command" in row else ""
+        if ratio < 1 and not row["provider"].startswith((OURS, *_PARTS)):
+            words = shlex.split(row.get("command", ""))
+            name = words[words.index("--only") + 1] if "--only" in words else ""
             lines.append(f"| {row['op']} | {name} | {row['provider']} | {ratio:.2f} x |")
     if not lines:
         return ["There is none."]
@@ -163,14 +167,14 @@ def _losses(figures: Figures) -> list[str]:
     ] + lines
 
 
-#: A provider that is no rival: a part of our own step, to compare with.
-_PART = "network alone"
+#: Providers that are no rivals: parts of our own steps, to compare with.
+_PARTS = ("network alone", "1 process", "gradients not exchanged")
 
 
 def _origins(figures: Figures) -> list[str]:
     lines = []
     for path in figures.files():
-        row = figures.all_rows(path.stem)[0]
+        row = json.loads(path.read_text())[0]
         stamp = ", ".join(
             str(row[key])
             for key in ("device", "instruction_set", "torch", "commit", "date")
