@@ -6,6 +6,7 @@ import difflib
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -249,13 +250,15 @@ def _targets(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    try:
-        from benchmarks.__main__ import main as run
-    except ImportError as error:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise ConfigError(
-            f"the benchmarks cannot be imported ({error}): they are in the repository, not in the "
-            "package; run fcos bench in a checkout, with PYTHONPATH=."
-        ) from error
+            "the benchmarks are in the repository, not in the package: fcos bench needs a checkout, "
+            "installed with pip install -e ."
+        )
+    sys.path.insert(0, str(checkout))
+    from benchmarks.__main__ import main as run
+
     return run(arguments, "fcos bench")
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +106,19 @@ def test_row_is_repeated_by_its_command(
     assert printed.count("  $ python -m benchmarks nms --only ") == 1
     assert shlex.split(printed.partition("  $ ")[2].splitlines()[0]) == repeat
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_works_in_any_folder(tmp_path: Path) -> None:
+    """The installed command, of a checkout that is not the working folder."""
+    fcos_command = Path(sys.executable).with_name("fcos")
+    case = bench_nms.cases(CPU, quick=True)[0].name
+    arguments = [str(fcos_command), "bench", "nms", "--quick", "--only", case]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert case in done.stdout and "x ours" in done.stdout
 
 
 def test_command_of_a_row_holds_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
