@@ -253,8 +253,8 @@ def _bench(arguments: list[str]) -> int:
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise ConfigError(
-            "the benchmarks are in the repository, not in the package: fcos bench needs a checkout, "
-            "installed with pip install -e ."
+            "the benchmarks are in the repository, not in the package: fcos bench needs a "
+            "checkout, installed with pip install -e ."
         )
     sys.path.insert(0, str(checkout))
     from benchmarks.__main__ import main as run
